@@ -1,0 +1,1 @@
+"""The offline compiler: a checkpoint directory becomes one .nf4 file."""

@@ -1,0 +1,7 @@
+"""Errors of the compiler."""
+
+from nf4format.errors import Nf4Error
+
+
+class CompileError(Nf4Error):
+    """A checkpoint cannot be compiled, or the output cannot be written."""

@@ -1,0 +1,1 @@
+"""The runtime: maps a .nf4 file, runs it, fine-tunes it with LoRA, generates text."""
