@@ -14,7 +14,7 @@ SUMMARISED = ("tests/",)
 
 
 def tree_paths(readme: str) -> set[str]:
-    """Paths of the annotated tree: indentation of two spaces a level, folders end in '/', the comment after two spaces."""
+    """Paths of the annotated tree: two spaces a level, folders end in '/', comments after two spaces."""
     block = re.search(r"```tree\n(.*?)```", readme, re.DOTALL)
     assert block, "the README has a code block marked `tree`"
     paths: set[str] = set()

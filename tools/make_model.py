@@ -62,7 +62,7 @@ def train_tokenizer(documents: list[str]) -> Tokenizer:
 
 
 def train(model: CausalLM, tokens: torch.Tensor, steps: int, batch: int, seed: int) -> float:
-    """Train every weight on random windows of `tokens`; returns the mean loss of the last tenth of the steps."""
+    """Train every weight on random windows of `tokens`; returns the mean loss of the last tenth."""
     order = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.05)
     warmup = max(1, steps // 20)

@@ -1,4 +1,4 @@
-"""Write four texts from what every Python installation has: source code and prose, each split for training and validation.
+"""Write four texts from what every Python installation has: source code and prose, each split in two.
 
 `code_train.txt` and `code_valid.txt` come from the standard library's sources, `prose_train.txt` and
 `prose_valid.txt` from the language reference behind `help()`. Documents are separated by a line

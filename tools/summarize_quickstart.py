@@ -1,4 +1,4 @@
-"""Print the closing summary of the quick start: sizes and perplexities, as measured by the commands before."""
+"""Print the closing summary of the quick start: sizes and perplexities, as the commands measured them."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""The one form of a benchmark's result: a table on the screen, a JSON file, and the README's tables made from it.
+"""The one form of a benchmark's result: a table on the screen, a JSON file, a table in the README.
 
     python tools/bench/report.py        rewrites the README's tables from tools/bench/results/*.json
 
-A table in the README stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is the result's file name.
+A table in the README stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is the result's
+file name.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The `nf4` command: one group, one file per subcommand, and the single place where errors become exit statuses."""
+"""The `nf4` command: a file per subcommand, and the one place where errors become exit statuses."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import importlib
 import sys
 
 import click
+
 from nf4format.errors import Nf4Error
 
-# Subcommand -> one-line help. The module nf4.cli.<name> is imported only when it runs, so `nf4 --help` stays fast.
+# Subcommand -> its help. nf4.cli.<name> is imported only when it runs, so `nf4 --help` stays fast.
 COMMANDS = {
     "inspect": "Show what a packed file holds: tensors, sizes, bits per parameter, how it was made.",
     "verify": "Check every sum of a packed file; name the tensors that are hurt.",
