@@ -1,0 +1,141 @@
+"""The block codec in plain numpy: slow and plainly right, the measure of the native kernels.
+
+`nf4format.blocks` has the same functions, natively and with threads; tests hold the two to equal bits.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from .blocks import Dtype, NonFinite, PackedTensor
+from .codebook import BLOCK, NESTED_BLOCK, NESTED_MAP, NF4_LEVELS, NF4_THRESHOLDS
+
+_LARGEST = np.float32(np.finfo(np.float32).max)
+_NESTED_THRESHOLDS = (NESTED_MAP[:-1] + NESTED_MAP[1:]) / np.float32(2)
+
+
+def to_float32(values: np.ndarray, dtype: Dtype) -> np.ndarray:
+    """Widen to float32; exact. bfloat16 comes as uint16 bits."""
+    if dtype == "bfloat16":
+        return (values.astype(np.uint32) << 16).view(np.float32)
+    return values.astype(np.float32)
+
+
+def from_float32(values: np.ndarray, dtype: Dtype) -> np.ndarray:
+    """Round float32 to nearest, ties to even. bfloat16 goes as uint16 bits, with 0x7fc0 for every NaN."""
+    if dtype == "bfloat16":
+        bits = values.view(np.uint32).astype(np.uint64)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+        return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
+    with np.errstate(over="ignore"):
+        return values.astype(dtype)
+
+
+def first_nonfinite(values: np.ndarray, dtype: Dtype, *, nan_only: bool = False) -> int | None:
+    """Flat index of the first NaN or infinity (NaN only, if so asked), or None."""
+    wide = to_float32(values.reshape(-1), dtype)
+    bad = np.flatnonzero(np.isnan(wide) if nan_only else ~np.isfinite(wide))
+    return int(bad[0]) if bad.size else None
+
+
+def _scale_and_reciprocal(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Largest magnitude of each row, and its reciprocal held to finite values (see `quantize_codes`)."""
+    absmax = np.abs(blocks).max(axis=1)
+    with np.errstate(divide="ignore", over="ignore"):
+        return absmax, np.minimum(np.float32(1) / absmax, _LARGEST)
+
+
+def quantize_codes(
+    values: np.ndarray,
+    dtype: Dtype,
+    *,
+    codes: np.ndarray | None = None,
+    absmax: np.ndarray | None = None,
+    threads: int = 1,
+) -> tuple[np.ndarray, np.ndarray]:
+    """First stage, see `nf4format.blocks.quantize_codes`; `threads` has no effect here."""
+    n = values.size
+    index = first_nonfinite(values, dtype)
+    if index is not None:
+        raise NonFinite(index)
+    num_blocks = math.ceil(n / BLOCK)
+    padded = np.zeros((num_blocks, BLOCK), np.float32)
+    padded.reshape(-1)[:n] = to_float32(values, dtype)
+    scale, reciprocal = _scale_and_reciprocal(padded)
+    scaled = (padded * reciprocal[:, None]).reshape(-1)
+    # A value's code is the number of thresholds below it. The padding is 0.0, whose code 7 is also what
+    # the missing low nibble of an odd tensor holds.
+    code = np.searchsorted(NF4_THRESHOLDS, scaled, side="left").astype(np.uint8)
+    packed = ((code[0::2] << 4) | code[1::2])[: math.ceil(n / 2)]
+    if codes is None:
+        codes = np.empty(packed.size, np.uint8)
+    if absmax is None:
+        absmax = np.empty(num_blocks, np.float32)
+    codes[:], absmax[:] = packed, scale
+    return codes, absmax
+
+
+def quantize_absmax(absmax_f32: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+    """Second stage, see `nf4format.blocks.quantize_absmax`."""
+    num_blocks = absmax_f32.size
+    if num_blocks == 0:
+        return np.empty(0, np.uint8), np.empty(0, np.float32), 0.0
+    lanes = np.zeros((math.ceil(num_blocks / 8), 8), np.float64)
+    lanes.reshape(-1)[:num_blocks] = absmax_f32
+    total = 0.0
+    for lane in np.cumsum(lanes, axis=0)[-1]:  # cumsum adds from first to last, sum() promises no order
+        total += float(lane)
+    offset = np.float32(total / num_blocks)
+
+    centred = absmax_f32 - offset
+    num_nested = math.ceil(num_blocks / NESTED_BLOCK)
+    padded = np.zeros((num_nested, NESTED_BLOCK), np.float32)
+    padded.reshape(-1)[:num_blocks] = centred
+    nested_absmax, reciprocal = _scale_and_reciprocal(padded)
+    scaled = (padded * reciprocal[:, None]).reshape(-1)[:num_blocks]
+    return (
+        np.searchsorted(_NESTED_THRESHOLDS, scaled, side="left").astype(np.uint8),
+        nested_absmax,
+        float(offset),
+    )
+
+
+def quantize(values: np.ndarray, dtype: Dtype, *, threads: int = 1) -> PackedTensor:
+    """Both stages, see `nf4format.blocks.quantize`."""
+    codes, absmax = quantize_codes(values.reshape(-1), dtype, threads=threads)
+    absmax_u8, nested_absmax, nested_offset = quantize_absmax(absmax)
+    return PackedTensor(
+        values.shape, dtype, codes, absmax_u8, NF4_LEVELS, nested_absmax, NESTED_MAP, nested_offset
+    )
+
+
+def decode_absmax(packed: PackedTensor) -> np.ndarray:
+    """Block scales float32 [ceil(n / 64)]: map[q] * nested_absmax, then + offset, each rounded to float32."""
+    nested = np.repeat(packed.nested_absmax, NESTED_BLOCK)[: packed.absmax.size]
+    with np.errstate(over="ignore", invalid="ignore"):
+        product = packed.nested_quant_map[packed.absmax] * nested
+        return product + np.float32(packed.nested_offset)
+
+
+def dequantize(
+    packed: PackedTensor,
+    dtype: Dtype | None = None,
+    *,
+    start: int = 0,
+    stop: int | None = None,
+    threads: int = 1,
+) -> np.ndarray:
+    """Elements [start, stop), see `nf4format.blocks.dequantize`; `threads` has no effect here."""
+    code = np.stack([packed.codes >> 4, packed.codes & 15], axis=1).reshape(-1)[: packed.size]
+    scale = np.repeat(decode_absmax(packed), BLOCK)[: packed.size]
+    with np.errstate(over="ignore", invalid="ignore"):
+        values = packed.quant_map[code] * scale
+    return from_float32(values[start:stop], dtype or packed.dtype)
+
+
+def linear(x: np.ndarray, packed: PackedTensor) -> np.ndarray:
+    """Exact product, float64 [m, n]: x float64 [m, k] times the transpose of the float32 weight [n, k]."""
+    weight = dequantize(packed, "float32").reshape(packed.shape)
+    return x.astype(np.float64) @ weight.astype(np.float64).T
