@@ -29,7 +29,9 @@ class Nf4Error(ValueError):
     ) -> None:
         self.file = os.fspath(file)
         self.tensor = tensor
-        where = [part for part in (self.file, f"tensor {_shown(tensor)}" if tensor is not None else "") if part]
+        where = [
+            part for part in (self.file, f"tensor {_shown(tensor)}" if tensor is not None else "") if part
+        ]
         what = [problem] if problem else []
         if expected is not None:
             what.append(f"expected {expected}")
@@ -41,6 +43,10 @@ class Nf4Error(ValueError):
 
 class FormatError(Nf4Error):
     """A file or directory does not follow its format."""
+
+
+class WriteError(Nf4Error):
+    """An output cannot be written: path, permissions, space."""
 
 
 def _shown(name: str) -> str:

@@ -1,0 +1,158 @@
+"""PEFT adapter directories: adapter_config.json and adapter_model.safetensors, as plain arrays and dicts."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from .atomic import AtomicDirectory, AtomicFile
+from .dtypes import element_bytes
+from .errors import FormatError
+from .files import open_regular, pread_into, read_capped
+from .header import (
+    PREFIX_BYTES,
+    TensorEntry,
+    encode_header,
+    header_json,
+    read_header,
+    tensor_bytes,
+    valid_name,
+)
+from .strictjson import parse_object
+
+CONFIG_NAME: Final = "adapter_config.json"
+WEIGHTS_NAME: Final = "adapter_model.safetensors"
+PICKLED_NAME: Final = "adapter_model.bin"
+MAX_CONFIG_BYTES: Final = 4 << 20
+MAX_RANK: Final = 65536
+
+# Metadata of the weights file, which PEFT ignores: which base the adapter was trained on.
+BASE_FINGERPRINT: Final = "nf4.base_fingerprint"
+BASE_SOURCE: Final = "nf4.base_source"
+
+AdapterTensor = tuple[np.ndarray, str, tuple[int, ...]]
+"""Flat uint8 bytes, safetensors dtype, shape."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What an adapter directory holds; `tensors` has PEFT's names, in file order."""
+
+    config: dict[str, Any]
+    tensors: dict[str, AdapterTensor]
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+def read_adapter(path: str | os.PathLike[str]) -> Adapter:
+    """Read a PEFT LoRA adapter. The weights' place is fixed; no name in the config is ever opened.
+
+    Raises:
+        FormatError: a file is missing, damaged or too large; the config is not that of a LoRA adapter; only
+            pickled weights are there.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise FormatError(folder, "no such adapter directory", remedy="check the path")
+    config = _read_config(folder / CONFIG_NAME)
+    weights = folder / WEIGHTS_NAME
+    if not weights.exists() and (folder / PICKLED_NAME).exists():
+        remedy = "pickled weights are never loaded; save the adapter as safetensors"
+        raise FormatError(folder, expected=WEIGHTS_NAME, got=PICKLED_NAME, remedy=remedy)
+    fd = open_regular(weights)
+    try:
+        header = read_header(fd, strict=False, name=weights)
+        tensors: dict[str, AdapterTensor] = {}
+        for entry in header.entries.values():
+            data = np.empty(entry.end - entry.begin, np.uint8)
+            pread_into(fd, data.data, entry.begin, weights)
+            tensors[entry.name] = (data, entry.dtype, entry.shape)
+    finally:
+        os.close(fd)
+    if not tensors:
+        raise FormatError(weights, "the adapter holds no tensors", remedy="save it again")
+    return Adapter(config, tensors, header.metadata)
+
+
+def write_adapter(
+    path: str | os.PathLike[str],
+    config: Mapping[str, Any],
+    tensors: Mapping[str, AdapterTensor],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write an adapter directory, atomically: a reader finds the old adapter or the new one, never a mixture.
+
+    Other files of an existing directory stay. Equal input gives equal bytes.
+
+    Args:
+        tensors: PEFT name -> (bytes as any contiguous array, safetensors dtype, shape).
+        metadata: strings for the weights file's header, e.g. BASE_FINGERPRINT.
+
+    Raises:
+        WriteError: the directory cannot be written.
+        ValueError: a tensor's bytes do not fit its dtype and shape, or its name is not allowed.
+    """
+    text = json.dumps(dict(config), indent=2, sort_keys=True, allow_nan=False) + "\n"
+    views = {name: np.ascontiguousarray(data).data.cast("B") for name, (data, _, _) in tensors.items()}
+    entries = _plan(tensors, views)
+    header = _header({"format": "pt", **dict(sorted((metadata or {}).items()))}, entries)
+    with AtomicDirectory(path, replace=True) as folder:
+        (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
+        with AtomicFile(folder / WEIGHTS_NAME) as file:
+            file.preallocate(len(header) + (entries[-1].end if entries else 0))
+            file.pwrite(header, 0)
+            for entry in entries:
+                file.pwrite(views[entry.name], len(header) + entry.begin)
+
+
+def _plan(tensors: Mapping[str, AdapterTensor], views: Mapping[str, memoryview]) -> list[TensorEntry]:
+    """Entries with offsets from 0: wide elements first, so that all are aligned, then by name."""
+    entries = []
+    position = 0
+    for name in sorted(tensors, key=lambda name: (-element_bytes(tensors[name][1]), name)):
+        _, dtype, shape = tensors[name]
+        size = tensor_bytes(dtype, shape)
+        if not valid_name(name):
+            raise ValueError(f"{name!r} is not a tensor name")
+        if len(views[name]) != size:
+            raise ValueError(
+                f"{name}: expected {size} bytes for {dtype} {list(shape)}, got {len(views[name])}"
+            )
+        entries.append(TensorEntry(name, dtype, tuple(shape), position, position + size))
+        position += size
+    return entries
+
+
+def _header(metadata: Mapping[str, str], entries: list[TensorEntry]) -> bytes:
+    size = PREFIX_BYTES + len(header_json(metadata, entries, 0))
+    data_start = -(-size // 8) * 8  # as safetensors' own writer aligns it
+    moved = [TensorEntry(e.name, e.dtype, e.shape, e.begin + data_start, e.end + data_start) for e in entries]
+    return encode_header(metadata, moved, data_start)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """The config, with the fields that every LoRA adapter has checked."""
+    if not path.exists():
+        raise FormatError(path, "the file is missing", remedy="give the directory of a PEFT adapter")
+    fd = open_regular(path)
+    try:
+        data = read_capped(fd, MAX_CONFIG_BYTES, path)
+    finally:
+        os.close(fd)
+    try:
+        config = parse_object(data)
+    except ValueError as error:
+        raise FormatError(path, str(error), remedy="save the adapter again") from error
+    if config.get("peft_type") != "LORA":
+        raise FormatError(path, "peft_type", expected="'LORA'", got=ascii(config.get("peft_type"))[:80])
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if type(rank) is not int or not 0 < rank <= MAX_RANK:
+        raise FormatError(path, "r", expected=f"an integer from 1 to {MAX_RANK}", got=ascii(rank)[:80])
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool):
+        raise FormatError(path, "lora_alpha", expected="a number", got=ascii(alpha)[:80])
+    return config

@@ -1,0 +1,104 @@
+"""JSON without Python's leniencies: no duplicate keys, NaN, bad UTF-8, lone surrogates or deep nesting."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from typing import Any, Final
+
+MAX_NESTING: Final = 64
+MAX_INTEGER_DIGITS: Final = (
+    400  # tokenizer configs really hold 10^30; thousands of digits cost quadratic time
+)
+
+# One escape sequence: simple, a surrogate pair, a plain \uXXXX, or (the group) half a pair or malformed.
+_ESCAPE: Final = re.compile(
+    r"\\(?:[^u]|u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"
+    r"|u(?![dD][89a-fA-F])[0-9a-fA-F]{4}|(u))",
+    re.DOTALL,
+)
+
+
+def parse_json(data: bytes, *, limit_nesting: bool = True) -> Any:
+    """The value of a JSON text (RFC 8259, UTF-8, no byte order mark).
+
+    Args:
+        limit_nesting: refuse more than MAX_NESTING levels. Without it the interpreter's recursion limit
+            is the bound, and the caller checks the shape of what it gets.
+
+    Raises:
+        ValueError: with a short reason; the caller adds the file's name.
+    """
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 at byte {error.start}") from None
+    if "\\u" in text and any(match.group(1) for match in _ESCAPE.finditer(text)):
+        raise ValueError("not JSON: half a surrogate pair in a \\u escape")
+    try:
+        value = json.loads(
+            text,
+            object_pairs_hook=_unique,
+            parse_constant=_no_constant,
+            parse_int=_integer,
+            parse_float=_finite,
+        )
+    except RecursionError:
+        raise ValueError(f"nested deeper than {MAX_NESTING} levels") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON at character {error.pos}: {error.msg.lower()}") from None
+    if limit_nesting:
+        check_nesting(value)
+    return value
+
+
+def parse_object(data: bytes) -> dict[str, Any]:
+    """`parse_json` of a text that must be an object."""
+    value = parse_json(data)
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def check_nesting(value: Any) -> None:
+    """Raise ValueError where lists and objects are nested deeper than MAX_NESTING; without recursion."""
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(MAX_NESTING):
+        if not level:
+            return
+        level = [
+            child
+            for parent in level
+            for child in (parent.values() if isinstance(parent, dict) else parent)
+            if isinstance(child, dict | list)
+        ]
+    raise ValueError(f"nested deeper than {MAX_NESTING} levels")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"key {ascii(key)[:120]} appears twice in one object")
+            seen.add(key)
+    return value
+
+
+def _no_constant(text: str) -> float:
+    raise ValueError(f"{text} is not JSON")
+
+
+def _integer(text: str) -> int | float:
+    if len(text) > MAX_INTEGER_DIGITS:
+        raise ValueError(f"an integer of {len(text)} digits")
+    return -0.0 if text == "-0" else int(text)  # a float, as other parsers have it: no unsigned number is -0
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"number {text[:40]} is out of range")
+    return value

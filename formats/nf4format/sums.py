@@ -1,0 +1,266 @@
+"""XXH3-64 sums over all of a .nf4 file: its header, each 4 MiB of data, each embedded file, the table itself.
+
+The table is the last tensor, `__nf4__.sums`; all numbers little endian:
+
+    0     8 bytes   magic "NF4SUMS1"
+    8     u64       chunk_bytes = 4194304
+    16    u64       data_bytes  = length of the data region before the table
+    24    u64       num_chunks  = ceil(data_bytes / chunk_bytes)
+    32    u64       num_files
+    40    u64       sum of bytes 0 .. data_start of the file (length field, JSON, padding)
+    48    u64 x num_chunks   sum of each chunk of the data region, the last may be shorter
+          u64 x num_files    sum of each `__file__/` tensor, in offset order
+          u64                sum of all bytes of the table before this field
+
+Sums are XXH3-64 with seed 0. They find damage, not forgery.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Final, Literal, Protocol
+
+import xxhash
+
+from .embedded import FILE_PREFIX
+from .errors import FormatError
+from .files import pread_exactly, pread_into
+from .header import TensorEntry
+
+SUMS_NAME: Final = "__nf4__.sums"
+MAGIC: Final = b"NF4SUMS1"
+CHUNK_BYTES: Final = 4 << 20  # large enough for full speed, small enough to name the damage
+_FIXED: Final = struct.Struct("<8s5Q")
+_SUM: Final = struct.Struct("<Q")
+
+Progress = Callable[[int], None]
+"""Called with the number of bytes just done, from worker threads, one call at a time."""
+
+
+class HasEntries(Protocol):
+    """What sums need to know of a file: a Layout or a Header."""
+
+    @property
+    def entries(self) -> dict[str, TensorEntry]: ...
+    @property
+    def data_start(self) -> int: ...
+    @property
+    def file_bytes(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A byte range of the file whose sum does not match, and what lies in it.
+
+    Attributes:
+        kind: "header", "data" (one chunk of the data region), "file" (an embedded file) or "sums".
+        names: the tensors with bytes in the range, or the one embedded file; empty for "header".
+        begin, end: absolute file offsets.
+    """
+
+    kind: Literal["header", "data", "file", "sums"]
+    names: tuple[str, ...]
+    begin: int
+    end: int
+
+    def __str__(self) -> str:
+        where = f"bytes {self.begin} to {self.end}"
+        if self.kind == "header":
+            return f"the header is damaged ({where})"
+        if self.kind == "sums":
+            return f"the table of sums is damaged ({where})"
+        if self.kind == "file":
+            return f"embedded file {self.names[0]} is damaged ({where})"
+        shown = ", ".join(self.names[:4]) + (
+            f" and {len(self.names) - 4} more" if len(self.names) > 4 else ""
+        )
+        return f"data is damaged ({where}), which hold {shown}"
+
+
+def sums_bytes(data_bytes: int, num_files: int) -> int:
+    """Size of the table for a data region of `data_bytes` before it."""
+    return _FIXED.size + _SUM.size * (-(-data_bytes // CHUNK_BYTES) + num_files + 1)
+
+
+def xxh3(data: bytes | memoryview) -> int:
+    """XXH3-64, seed 0."""
+    return xxhash.xxh3_64_intdigest(data)
+
+
+def compute_sums(
+    fd: int,
+    layout: HasEntries,
+    threads: int = 1,
+    *,
+    header: bytes | None = None,
+    progress: Progress | None = None,
+) -> bytes:
+    """The table for a file whose data region is written.
+
+    Args:
+        header: the bytes 0..data_start where they are not in the file yet; else they are read.
+
+    Raises:
+        FormatError: the file is shorter than the layout says, or cannot be read.
+    """
+    begin = _sums_begin(layout)
+    chunks, files = _ranges(layout, begin)
+    if header is None:
+        header = pread_exactly(fd, layout.data_start, 0, "")
+    numbers = list(_hash_ranges(fd, [*chunks, *files], threads, "", progress))
+    fixed = _FIXED.pack(MAGIC, CHUNK_BYTES, begin - layout.data_start, len(chunks), len(files), xxh3(header))
+    body = fixed + struct.pack(f"<{len(numbers)}Q", *numbers)
+    return body + _SUM.pack(xxh3(body))
+
+
+def read_sums(fd: int, layout: HasEntries, name: str | os.PathLike[str]) -> bytes:
+    """The table of a file, with its own sum and its counts checked.
+
+    Raises:
+        FormatError: the table is damaged or belongs to another layout.
+    """
+    tensor = next(reversed(layout.entries), "")
+    if tensor != SUMS_NAME:
+        raise FormatError(
+            name, "the last tensor is not the table of sums", expected=SUMS_NAME, got=ascii(tensor)[:120]
+        )
+    begin = _sums_begin(layout)
+    chunks, files = _ranges(layout, begin)
+    expected = sums_bytes(begin - layout.data_start, len(files))
+    if layout.file_bytes - begin != expected:
+        problem = "the table of sums has a wrong size"
+        raise FormatError(name, problem, tensor=tensor, expected=expected, got=layout.file_bytes - begin)
+    table = pread_exactly(fd, expected, begin, name)
+    fields = _FIXED.unpack_from(table)
+    counts = (MAGIC, CHUNK_BYTES, begin - layout.data_start, len(chunks), len(files))
+    if fields[0] != MAGIC or xxh3(table[: -_SUM.size]) != _SUM.unpack(table[-_SUM.size :])[0]:
+        damage = Damage("sums", (tensor,), begin, layout.file_bytes)
+        raise FormatError(name, str(damage), remedy="fetch the file again or compile it again")
+    if fields[:5] != counts:
+        problem = "the table of sums belongs to another file"
+        raise FormatError(name, problem, tensor=tensor, expected=counts[1:], got=fields[1:5])
+    return table
+
+
+def check_header_sum(
+    fd: int, layout: HasEntries, table: bytes, name: str | os.PathLike[str]
+) -> Damage | None:
+    """Damage if the bytes before the data region differ from the table's sum."""
+    stored = _FIXED.unpack_from(table)[5]
+    if xxh3(pread_exactly(fd, layout.data_start, 0, name)) == stored:
+        return None
+    return Damage("header", (), 0, layout.data_start)
+
+
+def check_sums(
+    fd: int,
+    layout: HasEntries,
+    table: bytes,
+    name: str | os.PathLike[str],
+    *,
+    threads: int = 1,
+    progress: Progress | None = None,
+) -> Iterator[Damage]:
+    """Compare every sum of a checked table with the file; yields what differs, in file order.
+
+    Raises:
+        FormatError: the file cannot be read or has become shorter.
+    """
+    damage = check_header_sum(fd, layout, table, name)
+    if damage:
+        yield damage
+    begin = _sums_begin(layout)
+    chunks, files = _ranges(layout, begin)
+    stored = struct.unpack_from(f"<{len(chunks) + len(files)}Q", table, _FIXED.size)
+    good_files = set()
+    damaged_files = []
+    for (file_name, (start, stop)), expected, actual in zip(
+        _file_ranges(layout).items(),
+        stored[len(chunks) :],
+        _hash_ranges(fd, files, threads, name, None),
+        strict=True,
+    ):
+        if actual == expected:
+            good_files.add(FILE_PREFIX + file_name)
+        else:
+            damaged_files.append(Damage("file", (file_name,), start, stop))
+    names = _Overlaps(layout.entries)
+    for (start, stop), expected, actual in zip(
+        chunks, stored, _hash_ranges(fd, chunks, threads, name, progress), strict=False
+    ):
+        if actual != expected:
+            hurt = tuple(tensor for tensor in names.between(start, stop) if tensor not in good_files)
+            yield Damage("data", hurt, start, stop)
+    yield from damaged_files
+
+
+class _Overlaps:
+    """Names of the tensors with bytes in a range; ranges are asked for in ascending order."""
+
+    def __init__(self, entries: Mapping[str, TensorEntry]) -> None:
+        self._entries = [entry for entry in entries.values() if entry.end > entry.begin]
+        self._first = 0
+
+    def between(self, begin: int, end: int) -> Iterator[str]:
+        while self._entries[self._first].end <= begin:
+            self._first += 1
+        for entry in self._entries[self._first :]:
+            if entry.begin >= end:
+                return
+            yield entry.name
+
+
+def _sums_begin(layout: HasEntries) -> int:
+    return next(reversed(layout.entries.values())).begin
+
+
+def _file_ranges(layout: HasEntries) -> dict[str, tuple[int, int]]:
+    return {
+        entry.name.removeprefix(FILE_PREFIX): (entry.begin, entry.end)
+        for entry in layout.entries.values()
+        if entry.name.startswith(FILE_PREFIX)
+    }
+
+
+def _ranges(layout: HasEntries, sums_begin: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Absolute ranges of the chunks and of the embedded files."""
+    starts = range(layout.data_start, sums_begin, CHUNK_BYTES)
+    chunks = [(start, min(start + CHUNK_BYTES, sums_begin)) for start in starts]
+    return chunks, list(_file_ranges(layout).values())
+
+
+def _hash_ranges(
+    fd: int,
+    ranges: Iterable[tuple[int, int]],
+    threads: int,
+    name: str | os.PathLike[str],
+    progress: Progress | None,
+) -> Iterator[int]:
+    """XXH3 of each range in order, read by `threads` workers in pieces of at most CHUNK_BYTES."""
+    local = threading.local()
+    reporting = threading.Lock()
+
+    def one(span: tuple[int, int]) -> int:
+        if not hasattr(local, "buffer"):
+            local.buffer = memoryview(bytearray(CHUNK_BYTES))
+        begin, end = span
+        state = xxhash.xxh3_64()
+        for start in range(begin, end, CHUNK_BYTES):
+            piece = local.buffer[: min(CHUNK_BYTES, end - start)]
+            pread_into(fd, piece, start, name)
+            state.update(piece)
+        if progress:
+            with reporting:
+                progress(end - begin)
+        return state.intdigest()
+
+    if threads <= 1:
+        yield from map(one, ranges)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        yield from pool.map(one, ranges)
