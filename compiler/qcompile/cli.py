@@ -1,0 +1,159 @@
+"""The `qcompile` command, and the one place where errors become exit statuses."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from types import FrameType
+
+import click
+from tqdm import tqdm
+
+from nf4format.atomic import write_bytes
+from nf4format.errors import Nf4Error
+
+from .encode import ENCODERS
+from .options import CompileOptions
+from .pipeline import compile_checkpoint, plan_checkpoint
+from .summary import plan_json, plan_text
+
+_EXAMPLES = """\b
+Examples:
+  qcompile Llama-3.1-8B llama.nf4 --dry-run        show the plan, write nothing
+  qcompile Llama-3.1-8B llama.nf4                  compile
+  qcompile Llama-3.1-8B llama.nf4 --verify         and compare the result with the checkpoint
+  qcompile Qwen3-30B-A3B moe.nf4 --exclude '*.self_attn.*'    keep attention in 16 bit
+  qcompile Llama-3.1-8B part.nf4 --include '*.mlp.*'          pack the feed-forward layers only
+  qcompile Llama-3.1-8B whole.nf4 --exclude '*'               the same container, nothing packed
+"""
+
+
+@click.command(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True},
+    epilog=_EXAMPLES,
+)
+@click.argument("model_dir", type=click.Path(path_type=str))
+@click.argument("out", type=click.Path(path_type=str), metavar="OUT.nf4")
+@click.option(
+    "-O",
+    "level",
+    type=click.Choice([str(level) for level in ENCODERS]),
+    default="0",
+    help="Optimisation level; the file is decoded the same way at each. -O0: scales are block maxima, "
+    "bit-identical to bitsandbytes.",
+)
+@click.option(
+    "--include",
+    multiple=True,
+    metavar="PATTERN",
+    help="Pack only tensors whose name matches (shell pattern, whole name; repeatable). It narrows the "
+    "default choice and does not widen it.",
+)
+@click.option(
+    "--exclude",
+    multiple=True,
+    metavar="PATTERN",
+    help="Keep tensors whose name matches in their dtype (repeatable). Wins over every other option.",
+)
+@click.option("--quantize-head", is_flag=True, help="Pack the output head too.")
+@click.option(
+    "--quantize-embeddings", is_flag=True, help="Pack embeddings too; with tied weights, also the head."
+)
+@click.option("-j", "--jobs", type=click.IntRange(min=1), show_default="all cores", help="Threads to use.")
+@click.option(
+    "--dry-run", is_flag=True, help="Print what would become of each tensor, and why; write nothing."
+)
+@click.option("--force", is_flag=True, help="Replace OUT.nf4 if it exists.")
+@click.option(
+    "--verify", is_flag=True, help="Read the file back from the disk and compare it with the checkpoint."
+)
+@click.option(
+    "--json", "json_path", metavar="PATH", help="Write the summary (or the plan) as JSON; '-' for stdout."
+)
+@click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
+@click.version_option(package_name="nf4")
+def command(  # noqa: PLR0917 - one parameter for each option; click passes them by name
+    model_dir: str,
+    out: str,
+    level: str,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    quantize_head: bool,
+    quantize_embeddings: bool,
+    jobs: int | None,
+    dry_run: bool,
+    force: bool,
+    verify: bool,
+    json_path: str | None,
+    quiet: bool,
+) -> None:
+    """Compile a Hugging Face checkpoint into one 4-bit file.
+
+    MODEL_DIR holds config.json, *.safetensors (one file, or shards with an index) and the tokenizer's files.
+    Weights of linear layers and fused experts become NF4 with double-quantized scales, 4.127 bits a
+    parameter; embeddings, output head, norms, biases, routers and convolutions keep their dtype. Any
+    architecture compiles.
+
+    OUT.nf4 appears complete, at the end, or not at all. The same input and options give the same bytes.
+    """
+    options = CompileOptions(
+        level=int(level),
+        include=include,
+        exclude=exclude,
+        quantize_head=quantize_head,
+        quantize_embeddings=quantize_embeddings,
+        jobs=jobs or 0,
+        force=force,
+        verify=verify,
+    )
+    if dry_run:
+        plan = plan_checkpoint(model_dir, options)
+        text, data = plan_text(plan), plan_json(plan)
+    else:
+        hidden = quiet or not sys.stderr.isatty()
+        with tqdm(
+            disable=hidden, unit="B", unit_scale=True, desc="compile", leave=False, file=sys.stderr
+        ) as bar:
+
+            def show(num_bytes: int, total_bytes: int) -> None:
+                bar.total = total_bytes
+                bar.update(num_bytes)
+
+            summary = compile_checkpoint(model_dir, out, options, None if hidden else show)
+        text, data = summary.text(), summary.as_json()
+    as_json = json.dumps(data, indent=1) + "\n"
+    if json_path == "-":
+        click.echo(as_json, nl=False)
+        return
+    if json_path:
+        write_bytes(json_path, as_json.encode("ascii"))
+    if not quiet:
+        click.echo(text)
+
+
+def main() -> None:
+    """Run the command line; a problem with the user's input is one line on stderr and exit status 1."""
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        command(prog_name="qcompile", standalone_mode=False)
+    except Nf4Error as error:
+        _fail(str(error), 1)
+    except (KeyboardInterrupt, click.Abort):
+        _fail("interrupted; nothing was written", 130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        _fail(f"{error.filename}: {reason}" if error.filename else reason, 1)
+
+
+def _fail(message: str, status: int) -> None:
+    click.echo(f"qcompile: {message}", err=True)
+    sys.exit(status)
+
+
+def _stop(signum: int, frame: FrameType | None) -> None:
+    """SIGTERM ends like Ctrl-C: the temporary file is removed."""
+    raise KeyboardInterrupt

@@ -1,0 +1,199 @@
+"""Writes every tensor of the plan at its place: encoded or copied, in parallel, in bounded memory.
+
+Threads take tensors from one list, the largest first. A tensor is read once, front to back. What a byte of
+the output becomes depends on its tensor alone, so that the number of threads and their timing cannot show.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+
+import numpy as np
+
+from nf4format.atomic import AtomicFile
+from nf4format.blocks import NonFinite, first_nonfinite
+from nf4format.checkpoint import Checkpoint
+from nf4format.codebook import NESTED_MAP, NF4_LEVELS
+from nf4format.layout import FILE_PREFIX, QUANT_STATE, quant_state_json
+
+from .encode import Encoder
+from .errors import CompileError
+from .plan import Plan
+from .policy import Decision
+from .quality import TensorError, decode_segment, measure, sampled_segments, to_float32
+from .source import CHUNK_BYTES, Cancelled, TensorReader
+
+Progress = Callable[[int, int], None]
+"""Takes the bytes of the checkpoint just read and those to be read in all; called by one thread at a time."""
+
+
+@dataclass(frozen=True)
+class Emitted:
+    """What is known of a tensor once it is written.
+
+    Attributes:
+        sha256: of its bytes in the checkpoint.
+        error: what encoding cost, for a packed tensor; None for a kept one.
+    """
+
+    sha256: str
+    error: TensorError | None
+
+
+def emit_tensors(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    encoder: Encoder,
+    file: AtomicFile,
+    *,
+    jobs: int,
+    progress: Progress | None = None,
+) -> dict[str, Emitted]:
+    """Write all tensors of the plan into the file.
+
+    Args:
+        jobs: number of threads.
+
+    Returns:
+        name -> what is known of it, in the plan's order.
+
+    Raises:
+        CompileError: a NaN, or an infinity in a weight to be packed.
+        FormatError: a shard cannot be read.
+        OSError: the output cannot be written.
+    """
+    emitter = _Emitter(checkpoint, plan, encoder, file, jobs=jobs, progress=progress)
+    largest_first = sorted(plan.decisions, key=lambda decision: -decision.source_bytes)
+    with ThreadPoolExecutor(jobs, thread_name_prefix="emit") as pool:
+        futures: dict[str, Future[Emitted]] = {}
+        try:
+            for decision in largest_first:
+                futures[decision.name] = pool.submit(emitter.emit, decision)
+            wait(futures.values(), return_when=FIRST_EXCEPTION)
+        finally:  # after a failure, and after Ctrl-C, which arrives in this thread
+            emitter.cancelled.set()
+            pool.shutdown(cancel_futures=True)
+    failures = [
+        error for future in futures.values() if not future.cancelled() and (error := future.exception())
+    ]
+    for error in failures:
+        if not isinstance(error, Cancelled):
+            raise error
+    return {decision.name: futures[decision.name].result() for decision in plan.decisions}
+
+
+def emit_files(checkpoint: Checkpoint, plan: Plan, file: AtomicFile) -> None:
+    """Write the embedded files: configuration, tokenizer, chat template."""
+    for name in plan.layout.files:
+        file.pwrite(checkpoint.files[name], plan.layout.entries[FILE_PREFIX + name].begin)
+
+
+class _Emitter:
+    """What the threads share."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        plan: Plan,
+        encoder: Encoder,
+        file: AtomicFile,
+        *,
+        jobs: int,
+        progress: Progress | None,
+    ) -> None:
+        self.cancelled = threading.Event()
+        self._checkpoint, self._layout, self._encoder, self._file = checkpoint, plan.layout, encoder, file
+        self._progress, self._jobs = progress, jobs
+        self._lock = threading.Lock()
+        self._unfinished = len(plan.decisions)
+        self._total_bytes = sum(decision.source_bytes for decision in plan.decisions)
+        self._local = threading.local()
+        self._specs = {spec.name: spec for spec in plan.layout.packed}
+
+    def emit(self, decision: Decision) -> Emitted:
+        """Write one tensor."""
+        buffer = getattr(self._local, "buffer", None)
+        if buffer is None:
+            buffer = self._local.buffer = bytearray(CHUNK_BYTES)
+        reader = TensorReader(self._checkpoint, decision.name, buffer, self.cancelled, self._advance)
+        error = None
+        if decision.quantize:
+            error = self._pack(decision.name, reader)
+        else:
+            self._copy(decision.name, reader)
+        with self._lock:
+            self._unfinished -= 1
+        return Emitted(reader.sha256(), error)
+
+    def _pack(self, name: str, reader: TensorReader) -> TensorError:
+        entries = self._layout.entries
+        codes_begin = entries[name].begin
+
+        def write_codes(start: int, codes: np.ndarray) -> None:
+            self._file.pwrite(codes.data, codes_begin + start // 2)
+
+        def decode(start: int, stop: int) -> np.ndarray:
+            # From the file: what is measured is what was written.
+            codes = np.frombuffer(
+                os.pread(self._file.fd, -(-(stop - start) // 2), codes_begin + start // 2), np.uint8
+            )
+            return decode_segment(codes, constants, start, stop, reader.dtype)
+
+        try:
+            constants = self._encoder(reader, write_codes, self._threads, self._file.path.parent)
+        except NonFinite as error:
+            raise self._not_finite(name, reader, error.index, "finite values") from None
+        state_entry = entries[name + QUANT_STATE]
+        state = quant_state_json(
+            self._specs[name], constants.nested_offset, state_entry.end - state_entry.begin
+        )
+        parts: dict[str, bytes | memoryview] = {
+            ".absmax": constants.absmax.data,
+            ".quant_map": NF4_LEVELS.tobytes(),
+            ".nested_absmax": constants.nested_absmax.data,
+            ".nested_quant_map": NESTED_MAP.tobytes(),
+            QUANT_STATE: state,
+        }
+        for suffix, data in parts.items():
+            self._file.pwrite(data, entries[name + suffix].begin)
+        return measure(
+            reader.num_values, reader.dtype, sampled_segments(reader.num_values), reader.read_values, decode
+        )
+
+    def _copy(self, name: str, reader: TensorReader) -> None:
+        begin = self._layout.entries[name].begin
+        if not reader.num_values:
+            for offset, chunk in reader.byte_chunks():
+                self._file.pwrite(chunk, begin + offset)
+            return
+        for start, values in reader.chunks():
+            # Infinities may be meant (masks); a NaN never is.
+            index = first_nonfinite(values, reader.dtype, nan_only=True)
+            if index is not None:
+                raise self._not_finite(name, reader, start + index, "no NaN")
+            self._file.pwrite(values.data, begin + start * values.itemsize)
+
+    def _threads(self) -> int:
+        """Cores that this tensor may use: its own, and its share of those that have no tensor left to do."""
+        return max(1, self._jobs // max(1, self._unfinished))
+
+    def _advance(self, num_bytes: int) -> None:
+        if self._progress is not None:
+            with self._lock:
+                self._progress(num_bytes, self._total_bytes)
+
+    def _not_finite(self, name: str, reader: TensorReader, index: int, expected: str) -> CompileError:
+        tensor = self._checkpoint.tensors[name]
+        position = [int(axis) for axis in np.unravel_index(index, tensor.shape)]
+        value = to_float32(reader.read_values(index, index + 1), reader.dtype)[0]
+        return CompileError(
+            self._checkpoint.path / tensor.file,
+            tensor=name,
+            expected=expected,
+            got=f"{value} at index {position}",
+            remedy="the checkpoint is damaged or its training diverged: fetch it again or take another",
+        )

@@ -1,0 +1,148 @@
+"""The main path of the compiler, top to bottom.
+
+    Checkpoint.open   headers of all shards, config.json, tokenizer files; no weights
+    make_plan         what each tensor becomes, where it lies; all sizes are known from here on
+    AtomicFile        a temporary file beside the output, its space claimed at once
+    emit_tensors      one pass over the weights, in parallel
+    seal              sums over what was written, then the header; until then no reader accepts the file
+    verify_output     (--verify) read back from the disk and compare
+    rename            the output appears, complete
+
+Whatever fails on the way, the output is as it was before.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from nf4format.atomic import AtomicFile
+from nf4format.checkpoint import Checkpoint
+from nf4format.container import seal
+
+from .emit import Emitted, Progress, emit_files, emit_tensors
+from .encode import ENCODERS
+from .errors import CompileError
+from .options import CompileOptions
+from .plan import SOURCE_HASH_KEY, Plan, make_plan, source_hash
+from .quality import TensorError, group_errors
+from .roles import group_of
+from .summary import CompileSummary, stored_bytes
+from .verify import verify_output
+from .writeback import Writeback
+
+
+def compile_checkpoint(
+    model_dir: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    options: CompileOptions | None = None,
+    progress: Progress | None = None,
+) -> CompileSummary:
+    """Compile a checkpoint directory into one .nf4 file.
+
+    The bytes of the output depend on the weights, the embedded files, the recorded options and the version
+    of this package; not on the number of jobs, the shards, directories, locale or time. Memory does not grow
+    with the model: a chunk for each job, the scales of the tensors at work, and the embedded files.
+
+    Args:
+        model_dir: Hugging Face directory: config.json, *.safetensors, tokenizer files.
+        out: file to write; it appears whole, at the end, or not at all.
+        options: see `CompileOptions`; default policy by default.
+        progress: is told of every chunk that was read.
+
+    Raises:
+        CompileError: the checkpoint cannot be compiled or the output exists.
+        FormatError: the checkpoint does not follow its format.
+        WriteError: the output cannot be written.
+    """
+    options = options or CompileOptions()
+    started = time.perf_counter()
+    jobs = options.jobs or len(os.sched_getaffinity(0))
+    with Checkpoint.open(model_dir) as checkpoint:
+        plan = make_plan(checkpoint, options)
+        _check_output(Path(out), checkpoint, options)
+        with AtomicFile(out, overwrite=options.force) as file:
+            file.preallocate(plan.layout.file_bytes)
+            with Writeback(file.fd):
+                emitted = emit_tensors(
+                    checkpoint, plan, ENCODERS[options.level], file, jobs=jobs, progress=progress
+                )
+                checkpoint.check_unchanged()
+                emit_files(checkpoint, plan, file)
+                sha256 = _source_sha256(checkpoint, plan, emitted)
+                seal(file, plan.layout, {SOURCE_HASH_KEY: sha256}, threads=jobs)
+            errors = {name: tensor.error for name, tensor in emitted.items() if tensor.error}
+            verify_seconds = 0.0
+            if options.verify:
+                verify_started = time.perf_counter()
+                errors = verify_output(checkpoint, plan, emitted, file, jobs=jobs)
+                verify_seconds = time.perf_counter() - verify_started
+    seconds = time.perf_counter() - started - verify_seconds
+    return _summarize(Path(out), plan, errors, sha256, seconds, verified=options.verify)
+
+
+def plan_checkpoint(model_dir: str | os.PathLike[str], options: CompileOptions | None = None) -> Plan:
+    """The plan alone: nothing is written, no weight is read but tied ones. Raises as compile_checkpoint."""
+    with Checkpoint.open(model_dir) as checkpoint:
+        return make_plan(checkpoint, options or CompileOptions())
+
+
+def _check_output(out: Path, checkpoint: Checkpoint, options: CompileOptions) -> None:
+    """Refuse outputs that would cost the user a file; the rest is checked where the file is made."""
+    if out.is_dir():
+        raise CompileError(
+            out, "is a directory", expected="the name of a file", remedy="give a name such as out.nf4"
+        )
+    if not out.exists():
+        return
+    inputs: Iterable[Path] = [
+        *checkpoint.path.iterdir(),
+        *(checkpoint.path / shard for shard in checkpoint.shards),
+    ]
+    for source in set(inputs):
+        if source.exists() and out.samefile(source):
+            raise CompileError(
+                out,
+                "is a file of the checkpoint itself",
+                got=f"the same file as {source}",
+                remedy="choose another name",
+            )
+    if not options.force:
+        raise CompileError(out, "exists already", remedy="choose another name, or give --force to replace it")
+
+
+def _source_sha256(checkpoint: Checkpoint, plan: Plan, emitted: dict[str, Emitted]) -> str:
+    hashes = {name: tensor.sha256 for name, tensor in emitted.items()}
+    hashes |= {alias: hashes[stored] for alias, stored in plan.aliases.items()}  # compared: equal bytes
+    return source_hash(checkpoint.tensors.values(), hashes)
+
+
+def _summarize(
+    out: Path,
+    plan: Plan,
+    errors: dict[str, TensorError],
+    source_sha256: str,
+    seconds: float,
+    *,
+    verified: bool,
+) -> CompileSummary:
+    packed = [decision for decision in plan.decisions if decision.quantize]
+    return CompileSummary(
+        out=str(out),
+        num_packed=len(packed),
+        num_kept=len(plan.decisions) - len(packed),
+        num_aliases=len(plan.aliases),
+        num_parameters=sum(math.prod(decision.shape) for decision in plan.decisions),
+        packed_parameters=sum(math.prod(decision.shape) for decision in packed),
+        source_bytes=sum(decision.source_bytes for decision in plan.decisions),
+        file_bytes=plan.layout.file_bytes,
+        packed_bytes=stored_bytes(plan, [decision.name for decision in packed]),
+        measured_parameters=sum(error.measured for error in errors.values()),
+        groups=group_errors((group_of(decision.name), errors[decision.name]) for decision in packed),
+        source_sha256=source_sha256,
+        seconds=seconds,
+        verified=verified,
+    )

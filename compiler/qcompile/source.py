@@ -1,0 +1,87 @@
+"""Reads one tensor of the checkpoint front to back, in chunks, and hashes it on the way."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from nf4format.blocks import ARRAY_DTYPES, Dtype
+from nf4format.checkpoint import Checkpoint
+from nf4format.dtypes import DTYPE_OF_SAFETENSORS
+
+# Bytes read, hashed and encoded at a time: they stay in the processor's cache between these steps.
+CHUNK_BYTES = 1 << 20
+
+
+class Cancelled(Exception):
+    """Another tensor failed or the user interrupted: this one need not be finished."""
+
+
+class TensorReader:
+    """The bytes and values of one tensor, in chunks; an `encode.TensorSource` if it is floating point.
+
+    Not for use from several threads.
+
+    Attributes:
+        num_bytes: size of the tensor.
+        num_values: number of its elements, if it is F32, BF16 or F16, else 0.
+        dtype: the codec's name of its type; "float32" also where there is none.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        name: str,
+        buffer: bytearray,
+        cancelled: threading.Event,
+        on_read: Callable[[int], None],
+    ) -> None:
+        """Args:
+        buffer: room for one chunk, CHUNK_BYTES long, reused from tensor to tensor.
+        cancelled: once set, the next chunk raises Cancelled.
+        on_read: is told the size of every chunk read in the first pass.
+        """
+        tensor = checkpoint.tensors[name]
+        self.num_bytes = tensor.end - tensor.begin
+        self.dtype: Dtype = DTYPE_OF_SAFETENSORS.get(tensor.dtype, "float32")
+        self._array_dtype = ARRAY_DTYPES[self.dtype]
+        self.num_values = (
+            self.num_bytes // self._array_dtype.itemsize if tensor.dtype in DTYPE_OF_SAFETENSORS else 0
+        )
+        self._checkpoint, self._name, self._buffer = checkpoint, name, buffer
+        self._cancelled, self._on_read = cancelled, on_read
+        self._hash = hashlib.sha256()
+        self._hashed_bytes = 0
+
+    def byte_chunks(self) -> Iterator[tuple[int, memoryview]]:
+        """(offset in the tensor, bytes); the buffer is overwritten by the next step."""
+        for offset in range(0, self.num_bytes, CHUNK_BYTES):
+            if self._cancelled.is_set():
+                raise Cancelled
+            chunk = memoryview(self._buffer)[: min(CHUNK_BYTES, self.num_bytes - offset)]
+            self._checkpoint.read_into(self._name, chunk, offset)
+            if offset == self._hashed_bytes:  # an encoder may read a tensor more than once
+                self._hash.update(chunk)
+                self._hashed_bytes += len(chunk)
+                self._on_read(len(chunk))
+            yield offset, chunk
+
+    def chunks(self) -> Iterator[tuple[int, np.ndarray]]:
+        """(index of the first value, values); the array is overwritten by the next step."""
+        for offset, chunk in self.byte_chunks():
+            yield offset // self._array_dtype.itemsize, np.frombuffer(chunk, self._array_dtype)
+
+    def read_values(self, start: int, stop: int) -> np.ndarray:
+        """A new array with the values [start, stop)."""
+        values = np.empty(stop - start, self._array_dtype)
+        self._checkpoint.read_into(self._name, values.data, start * values.itemsize)
+        return values
+
+    def sha256(self) -> str:
+        """Hash of the tensor's bytes, once all chunks were read."""
+        if self._hashed_bytes != self.num_bytes:
+            raise RuntimeError(f"'{self._name}': hashed {self._hashed_bytes} of {self.num_bytes} bytes")
+        return self._hash.hexdigest()

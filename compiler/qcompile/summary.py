@@ -1,0 +1,190 @@
+"""What a compilation did, in numbers and in text; and the plan, for --dry-run."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from nf4format.layout import COMPANIONS
+
+from .plan import Plan
+from .quality import GroupError
+
+
+@dataclass(frozen=True)
+class CompileSummary:
+    """The result of a compilation.
+
+    Attributes:
+        out: path of the file written.
+        num_packed, num_kept, num_aliases: tensors that became NF4, were copied, were tied to another one.
+        num_parameters, packed_parameters: elements of all stored tensors, and of those that became NF4.
+        source_bytes: tensor bytes of the checkpoint.
+        file_bytes: size of the output.
+        packed_bytes: bytes of the output that are codes and constants of packed tensors.
+        measured_parameters: packed parameters whose error was measured.
+        groups: error by layer group, in execution order.
+        source_sha256: hash of the checkpoint's weights.
+        seconds: wall time, fsync included, verification not.
+        verified: whether the file was read back and compared.
+    """
+
+    out: str
+    num_packed: int
+    num_kept: int
+    num_aliases: int
+    num_parameters: int
+    packed_parameters: int
+    source_bytes: int
+    file_bytes: int
+    packed_bytes: int
+    measured_parameters: int
+    groups: tuple[GroupError, ...]
+    source_sha256: str
+    seconds: float
+    verified: bool
+
+    @property
+    def bits_per_parameter(self) -> float:
+        """Bits of the output for each parameter stored."""
+        return 8 * self.file_bytes / max(1, self.num_parameters)
+
+    @property
+    def gb_per_second(self) -> float:
+        """10^9 bytes of the checkpoint a second."""
+        return self.source_bytes / max(1e-9, self.seconds) / 1e9
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, for --json."""
+        derived = {"bits_per_parameter": self.bits_per_parameter, "gb_per_second": self.gb_per_second}
+        return {**asdict(self), **derived}
+
+    def text(self) -> str:
+        """The closing lines of the command."""
+        tied = f", {self.num_aliases} tied" if self.num_aliases else ""
+        lines = [
+            f"{self.out}: {'written and verified' if self.verified else 'written'}",
+            f"  tensors  {self.num_packed} packed, {self.num_kept} kept{tied}",
+            f"  bytes    {_bytes(self.source_bytes)} -> {_bytes(self.file_bytes)}, "
+            f"{self.source_bytes / self.file_bytes:.2f} times smaller",
+            f"  bits     {_bits(self.file_bytes, self.num_parameters)} a parameter"
+            + (
+                f", {_bits(self.packed_bytes, self.packed_parameters)} where packed"
+                if self.packed_parameters
+                else ""
+            ),
+        ]
+        if self.groups:
+            share = self.measured_parameters / self.packed_parameters
+            lines.append(
+                "  error    root mean square, relative to the weights', "
+                + ("measured on all of them" if share == 1 else f"measured on a sample of {share:.0%}")
+            )
+            cells = [f"{group.group} {group.relative_rms:.4f}" for group in self.groups]
+            width = max(map(len, cells)) + 2
+            per_line = max(1, 88 // width)
+            lines += [
+                "           " + "".join(cell.ljust(width) for cell in cells[i : i + per_line]).rstrip()
+                for i in range(0, len(cells), per_line)
+            ]
+        lines.append(f"  time     {self.seconds:.2f} s, {self.gb_per_second:.2f} GB/s")
+        return "\n".join(lines)
+
+
+def plan_text(plan: Plan) -> str:
+    """The plan as a table: one line for each tensor, then totals."""
+    rows = [("becomes", "tensor", "shape", "from", "bytes", "to bytes", "because")]
+    for decision in plan.decisions:
+        rows.append(
+            (
+                "nf4" if decision.quantize else "kept",
+                decision.name,
+                "x".join(map(str, decision.shape)) or "scalar",
+                decision.dtype,
+                f"{decision.source_bytes:,}",
+                f"{stored_bytes(plan, [decision.name]):,}",
+                decision.reason,
+            )
+        )
+    rows += [("tied", alias, "", "", "", "0", f"equal to {stored}") for alias, stored in plan.aliases.items()]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.rjust(width) if column in (4, 5) else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join([*lines, "", *_totals(plan)])
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    """The plan as plain values, for --dry-run --json."""
+    return {
+        "tensors": [
+            {
+                "name": decision.name,
+                "action": "nf4" if decision.quantize else "kept",
+                "reason": decision.reason,
+                "dtype": decision.dtype,
+                "shape": list(decision.shape),
+                "source_bytes": decision.source_bytes,
+                "stored_bytes": stored_bytes(plan, [decision.name]),
+            }
+            for decision in plan.decisions
+        ],
+        "aliases": plan.aliases,
+        "file_bytes": plan.layout.file_bytes,
+        "num_parameters": sum(math.prod(decision.shape) for decision in plan.decisions),
+    }
+
+
+def stored_bytes(plan: Plan, names: Iterable[str]) -> int:
+    """Bytes that tensors take in the output, companions of packed ones included."""
+    entries, packed = plan.layout.entries, {spec.name for spec in plan.layout.packed}
+    total = 0
+    for name in names:
+        parts = [name, *(name + suffix for suffix in COMPANIONS)] if name in packed else [name]
+        total += sum(entries[part].end - entries[part].begin for part in parts)
+    return total
+
+
+def _totals(plan: Plan) -> list[str]:
+    source = sum(decision.source_bytes for decision in plan.decisions)
+    parameters = sum(math.prod(decision.shape) for decision in plan.decisions)
+    file_bytes = plan.layout.file_bytes
+    kept = Counter(decision.reason for decision in plan.decisions if not decision.quantize)
+    packed = [decision for decision in plan.decisions if decision.quantize]
+    packed_parameters = sum(math.prod(decision.shape) for decision in packed)
+    lines = [
+        f"packed  {len(packed)} tensors, {packed_parameters:,} of {parameters:,} parameters",
+        f"kept    {sum(kept.values())} tensors: "
+        + (", ".join(f"{count} {reason}" for reason, count in kept.most_common()) or "none"),
+    ]
+    if plan.aliases:
+        lines.append(f"tied    {len(plan.aliases)} tensors, stored once")
+    saved = source - file_bytes
+    lines.append(
+        f"bytes   {_bytes(source)} -> {_bytes(file_bytes)}: "
+        + (
+            f"{_bytes(saved)} saved, {source / file_bytes:.2f} times smaller"
+            if saved > 0
+            else "nothing saved"
+        )
+    )
+    lines.append(f"bits    {_bits(file_bytes, parameters)} a parameter")
+    return lines
+
+
+def _bytes(count: int) -> str:
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} B"
+
+
+def _bits(num_bytes: int, parameters: int) -> str:
+    return f"{8 * num_bytes / max(1, parameters):.3f}"

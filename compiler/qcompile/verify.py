@@ -1,0 +1,140 @@
+"""Reads a finished file back and compares it with the checkpoint it was made from: every sum, every value."""
+
+from __future__ import annotations
+
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from nf4format.atomic import AtomicFile
+from nf4format.blocks import PackedTensor, dequantize
+from nf4format.checkpoint import Checkpoint
+from nf4format.codebook import BLOCK, NESTED_BLOCK, NESTED_MAP, NF4_LEVELS
+from nf4format.container import Nf4File
+from nf4format.header import MAX_HEADER_BYTES
+
+from .emit import Emitted
+from .errors import CompileError
+from .plan import Plan
+from .policy import Decision
+from .quality import SEGMENT, TensorError, all_segments, measure, to_float32
+from .source import CHUNK_BYTES, TensorReader
+
+# Farthest that a value may be from its level, in block scales; and a scale from its code, in nested scales.
+_LEVEL_ERROR = float(np.diff(NF4_LEVELS).max()) / 2
+_SCALE_ERROR = max(float(np.diff(NESTED_MAP).max()) / 2, 1 + float(NESTED_MAP[0]))
+_REMEDY = "run it again; if that repeats, memory or disk of this machine is failing"
+
+
+def verify_output(
+    checkpoint: Checkpoint, plan: Plan, emitted: dict[str, Emitted], file: AtomicFile, *, jobs: int
+) -> dict[str, TensorError]:
+    """Read everything back from the disk and compare.
+
+    Args:
+        file: sealed, not yet renamed: a file that fails never reaches its destination.
+
+    Returns:
+        Name -> error of each packed tensor over all its values.
+
+    Raises:
+        CompileError: a sum, a decoded value, kept bytes or an embedded file differ; the checkpoint changed.
+        FormatError: the file does not open.
+    """
+    os.fsync(file.fd)
+    os.posix_fadvise(file.fd, 0, 0, os.POSIX_FADV_DONTNEED)  # so that what is read comes from the disk
+    with Nf4File(
+        file.path, os.dup(file.fd), mmap=True, allow_maps=False, max_header_bytes=MAX_HEADER_BYTES
+    ) as packed_file:
+        damage = packed_file.verify(threads=jobs)
+        if damage:
+            raise CompileError(file.path, str(damage[0]), remedy=_REMEDY)
+        for name, content in checkpoint.files.items():
+            if packed_file.file(name) != content:
+                raise CompileError(
+                    file.path, f"embedded file {name} differs from the original", remedy=_REMEDY
+                )
+        verifier = _Verifier(checkpoint, emitted, packed_file)
+        with ThreadPoolExecutor(jobs) as pool:
+            try:
+                errors = dict(pool.map(verifier.check, plan.decisions))
+            except BaseException:
+                verifier.cancelled.set()
+                raise
+    return {name: error for name, error in errors.items() if error is not None}
+
+
+class _Verifier:
+    def __init__(self, checkpoint: Checkpoint, emitted: dict[str, Emitted], packed_file: Nf4File) -> None:
+        self.cancelled = threading.Event()
+        self._checkpoint, self._emitted, self._packed_file = checkpoint, emitted, packed_file
+
+    def check(self, decision: Decision) -> tuple[str, TensorError | None]:
+        """Compare one tensor."""
+        name = decision.name
+        reader = TensorReader(self._checkpoint, name, bytearray(CHUNK_BYTES), self.cancelled, lambda _: None)
+        error = None
+        if decision.quantize:
+            for _ in reader.byte_chunks():  # hashes the tensor
+                pass
+            error = self._check_packed(name, reader)
+        else:
+            stored = self._packed_file.kept(name)[0].data
+            for offset, chunk in reader.byte_chunks():
+                if stored[offset : offset + len(chunk)] != chunk:
+                    problem = f"bytes {offset} to {offset + len(chunk)} differ from the checkpoint's"
+                    raise CompileError(self._packed_file.path, problem, tensor=name, remedy=_REMEDY)
+        if reader.sha256() != self._emitted[name].sha256:
+            raise CompileError(
+                self._checkpoint.path / self._checkpoint.tensors[name].file,
+                "the weights changed while they were compiled",
+                tensor=name,
+                expected=f"SHA-256 {self._emitted[name].sha256}",
+                got=reader.sha256(),
+                remedy="let no one write to the checkpoint, and run it again",
+            )
+        return name, error
+
+    def _check_packed(self, name: str, reader: TensorReader) -> TensorError:
+        packed = self._packed_file.packed(name)
+
+        def decode(start: int, stop: int) -> np.ndarray:
+            decoded = to_float32(dequantize(packed, start=start, stop=stop), reader.dtype)
+            original = to_float32(reader.read_values(start, stop), reader.dtype)
+            excess = np.abs(decoded - original) - allowed_difference(packed, original, start)
+            worst = int(excess.argmax())
+            if excess[worst] > 0:
+                raise CompileError(
+                    self._packed_file.path,
+                    f"value {start + worst} decodes wrongly",
+                    tensor=name,
+                    expected=f"about {original[worst]}",
+                    got=decoded[worst],
+                    remedy=_REMEDY,
+                )
+            return decoded
+
+        segments = all_segments(reader.num_values)
+        return measure(reader.num_values, reader.dtype, segments, reader.read_values, decode)
+
+
+def allowed_difference(packed: PackedTensor, original: np.ndarray, start: int) -> np.ndarray:
+    """Most by which the values of a segment may differ from what they decode to, if scales are absmax.
+
+    Half the widest gap between levels times the block's scale, plus the error of the scale's own 8-bit code,
+    plus roundings: of the scale to float32, of the value to bfloat16.
+
+    Args:
+        original: float32 [<= SEGMENT], the values from `start`, a multiple of SEGMENT.
+    """
+    padded = np.zeros(-(-original.size // BLOCK) * BLOCK, np.float32)
+    padded[: original.size] = np.abs(original)
+    scales = padded.reshape(-1, BLOCK).max(axis=1)
+    first = start // (BLOCK * NESTED_BLOCK)
+    nested = packed.nested_absmax[first : first + SEGMENT // (BLOCK * NESTED_BLOCK)]
+    scale_errors = np.repeat(nested * _SCALE_ERROR, NESTED_BLOCK)[: scales.size]
+    roundings = 2**-8 * (scales + scale_errors) + 2**-22 * abs(packed.nested_offset) + 2**-24
+    bound = _LEVEL_ERROR * scales + scale_errors + roundings
+    return np.repeat(bound, BLOCK)[: original.size].astype(np.float32)
