@@ -63,10 +63,9 @@ class LoraConfig:
         """Rank of the module at this path."""
         return (self.ranks or {}).get(name, self.rank)
 
-    def scaling_of(self, name: str) -> float:
-        """Factor of the product at this path."""
-        rank = self.rank_of(name)
-        return (self.alphas or {}).get(name, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
+    def alpha_of(self, name: str) -> float:
+        """Alpha of the module at this path."""
+        return (self.alphas or {}).get(name, self.alpha)
 
 
 class LoRALinear(nn.Module):
@@ -74,22 +73,25 @@ class LoRALinear(nn.Module):
 
     Attributes:
         base: the layer it wraps.
-        lora_A: fp32 [R, I]. lora_B: fp32 [O, R].
+        lora_A: fp32 [R, I], kaiming_uniform(a=sqrt(5)). lora_B: fp32 [O, R], zero.
+        scaling: alpha / rank, or alpha / sqrt(rank) with rslora.
     """
 
     def __init__(
         self,
         base: nn.Module,
+        *,
         rank: int,
-        scaling: float,
+        alpha: float,
         dropout: float = 0.0,
+        rslora: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = _features(base)
         self.base = base
-        self.scaling = scaling
-        self.dropout = dropout
+        self.rank, self.alpha, self.dropout, self.rslora = rank, alpha, dropout, rslora
+        self.scaling = alpha / (math.sqrt(rank) if rslora else rank)
         self.lora_A = nn.Parameter(torch.empty(rank, self.in_features))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5), generator=generator)
@@ -101,7 +103,7 @@ class LoRALinear(nn.Module):
         return _LowRank.apply(self.base(x), x, self.lora_A, self.lora_B, self.scaling, keep, self.dropout)
 
     def extra_repr(self) -> str:
-        return f"rank={self.lora_A.shape[0]}, scaling={self.scaling:g}, dropout={self.dropout:g}"
+        return f"rank={self.rank}, scaling={self.scaling:g}, dropout={self.dropout:g}"
 
 
 class _LowRank(torch.autograd.Function):
@@ -144,25 +146,42 @@ class _LowRank(torch.autograd.Function):
 def add_lora(model: nn.Module, config: LoraConfig, seed: int = 0) -> list[str]:
     """Wrap the target layers in place, freeze everything else, and return the wrapped paths in order.
 
-    A is kaiming_uniform(a=sqrt(5)) from the seed and B zero, as PEFT's default: the model computes
-    what it did before, until trained.
+    A is drawn from the seed and B is zero, as PEFT's default: the model computes what it did before,
+    until trained.
 
     Raises:
         TrainError: the model has adapters already, or a pattern matches no linear layer.
     """
+    names = target_names(model, config.targets)
+    attach_lora(model, names, config, torch.Generator().manual_seed(seed))
+    return names
+
+
+def attach_lora(
+    model: nn.Module, names: list[str], config: LoraConfig, generator: torch.Generator | None = None
+) -> None:
+    """Wrap the linear layers at these paths and freeze everything else; `config.targets` is not looked at.
+
+    Raises:
+        TrainError: the model has adapters already.
+    """
     if any(True for _ in lora_layers(model)):
         raise TrainError("", "the model has an adapter already", remedy="load the model afresh")
-    names = target_names(model, config.targets)
-    generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for name in names:
-        parent = model.get_submodule(name.rpartition(".")[0])
-        leaf = name.rpartition(".")[2]
+        parent_name, _, leaf = name.rpartition(".")
+        parent = model.get_submodule(parent_name)
         base = getattr(parent, leaf)
-        wrapped = LoRALinear(base, config.rank_of(name), config.scaling_of(name), config.dropout, generator)
-        setattr(parent, leaf, wrapped.train(base.training))
-    return names
+        layer = LoRALinear(
+            base,
+            rank=config.rank_of(name),
+            alpha=config.alpha_of(name),
+            dropout=config.dropout,
+            rslora=config.rslora,
+            generator=generator,
+        )
+        setattr(parent, leaf, layer.train(base.training))
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:

@@ -38,9 +38,7 @@ class Model(nn.Module):
 
 def random_layer(dtype: torch.dtype, dropout: float = 0.0) -> LoRALinear:
     torch.manual_seed(0)
-    layer = LoRALinear(
-        nn.Linear(6, 8, dtype=dtype).requires_grad_(False), rank=3, scaling=0.7, dropout=dropout
-    )
+    layer = LoRALinear(nn.Linear(6, 8, dtype=dtype).requires_grad_(False), rank=3, alpha=2.1, dropout=dropout)
     nn.init.normal_(layer.lora_B)
     return layer
 

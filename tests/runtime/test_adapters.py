@@ -1,0 +1,241 @@
+"""Adapter directories against PEFT, in both directions, and every refusal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from nf4.adapters import load_adapter, save_adapter
+from nf4.config import ModelConfig
+from nf4.decoder import CausalLM
+from nf4.errors import LoadError, TrainError
+from nf4.lora import LoraConfig, add_lora, lora_layers
+from nf4format.errors import FormatError
+
+IDS = torch.tensor([[1, 17, 33, 250, 4, 9, 77]])
+
+
+@pytest.fixture(scope="module")
+def small_config(family_config: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    return family_config("llama", hidden_size=32, intermediate_size=48, num_hidden_layers=2, dtype="float32")
+
+
+@pytest.fixture
+def peft_base(small_config: dict[str, Any]) -> Any:
+    """A transformers model, fp32, random."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values = {k: v for k, v in small_config.items() if k not in ("model_type", "architectures", "dtype")}
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **values)).eval()
+
+
+@pytest.fixture
+def ours(small_config: dict[str, Any], peft_base: Any) -> CausalLM:
+    """Our model with the same weights."""
+    model = CausalLM(ModelConfig.from_dict(small_config))
+    model.load_state_dict(peft_base.state_dict())
+    return model.eval()
+
+
+def trained(model: CausalLM, config: LoraConfig) -> CausalLM:
+    """An adapter whose B is not zero, as after training."""
+    add_lora(model, config, seed=1)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for _, layer in lora_layers(model):
+            layer.lora_B.normal_(std=0.1)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(rank=4, alpha=8),
+        LoraConfig(rank=3, alpha=8, rslora=True, targets=("q_proj", "mlp.*")),
+        LoraConfig(rank=2, alpha=5.5, targets=("layers.1.*", "lm_head")),
+        LoraConfig(
+            rank=4,
+            alpha=8,
+            ranks={"model.layers.0.self_attn.q_proj": 7},
+            alphas={"model.layers.1.mlp.up_proj": 3.0},
+        ),
+    ],
+    ids=["all-linear", "rslora", "some layers", "patterns"],
+)
+def test_our_adapter_computes_the_same_in_peft_and_again_in_ours(
+    config: LoraConfig, ours: CausalLM, peft_base: Any, small_config: dict[str, Any], tmp_path: Path
+) -> None:
+    from peft import PeftModel
+
+    before = ours(IDS)
+    again = CausalLM(ModelConfig.from_dict(small_config))
+    again.load_state_dict(ours.state_dict())
+    logits = trained(ours, config)(IDS)
+    assert (logits - before).abs().max() > 1e-2
+    save_adapter(ours, tmp_path / "adapter")
+    theirs = PeftModel.from_pretrained(peft_base, tmp_path / "adapter").eval()
+    torch.testing.assert_close(theirs(IDS).logits, logits, rtol=1e-4, atol=1e-5)
+
+    load_adapter(again.eval(), tmp_path / "adapter")
+    assert torch.equal(again(IDS), logits)
+    save_adapter(again, tmp_path / "copy")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "copy" / name).read_bytes() == (tmp_path / "adapter" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": "all-linear", "r": 4, "lora_alpha": 6},
+        {"target_modules": ["q_proj", "down_proj"], "r": 4, "lora_alpha": 6, "use_rslora": True},
+        {
+            "target_modules": ["q_proj", "k_proj"],
+            "rank_pattern": {"^model.layers.0.self_attn.q_proj": 2, "k_proj": 3},
+            "alpha_pattern": {"layers.1.self_attn.q_proj": 20},
+        },
+        {"target_modules": ["v_proj"], "layers_to_transform": [1], "init_lora_weights": "gaussian"},
+        {"target_modules": r".*\.[qv]_proj"},
+    ],
+    ids=["all-linear", "rslora", "patterns", "one layer", "regex"],
+)
+def test_peft_adapter_computes_the_same_in_ours(
+    settings: dict[str, Any], ours: CausalLM, peft_base: Any, tmp_path: Path
+) -> None:
+    import peft
+
+    torch.manual_seed(3)
+    theirs = peft.get_peft_model(peft_base, peft.LoraConfig(task_type="CAUSAL_LM", **settings)).eval()
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    theirs.save_pretrained(tmp_path)
+    load_adapter(ours, tmp_path)
+    torch.testing.assert_close(ours(IDS), theirs(IDS).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_config_holds_only_keys_in_use(ours: CausalLM, tmp_path: Path) -> None:
+    save_adapter(trained(ours, LoraConfig(rank=4, alpha=8)), tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert config == {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": 4,
+        "lora_alpha": 8,
+        "lora_dropout": 0.0,
+        "target_modules": ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"],
+        "bias": "none",
+        "inference_mode": True,
+    }
+
+
+def test_nothing_or_numbers_gone_wrong_are_not_saved(ours: CausalLM, tmp_path: Path) -> None:
+    with pytest.raises(TrainError, match="has no adapter to save"):
+        save_adapter(ours, tmp_path / "a")
+    trained(ours, LoraConfig(rank=4))
+    next(lora_layers(ours))[1].lora_A.data[0, 0] = torch.nan
+    with pytest.raises(
+        TrainError, match=r"a: tensor 'model.layers.0.self_attn.q_proj': the adapter is not finite"
+    ):
+        save_adapter(ours, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.fixture
+def adapter_path(ours: CausalLM, small_config: dict[str, Any], tmp_path: Path) -> Path:
+    """An adapter on q_proj; `ours` is left without it."""
+    model = CausalLM(ModelConfig.from_dict(small_config))
+    save_adapter(trained(model, LoraConfig(rank=4, alpha=8, targets=("q_proj",))), tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"use_dora": True}, r'"use_dora" is not supported, got true; only plain LoRA'),
+        ({"modules_to_save": ["lm_head"]}, r'"modules_to_save" is not supported'),
+        ({"a_new_idea": 3}, r'"a_new_idea" is not supported, got 3'),
+        ({"fan_in_fan_out": True}, r'"fan_in_fan_out" is not supported'),
+        ({"bias": "all"}, r"trained biases are not supported, expected bias 'none', got \"all\""),
+        (
+            {"init_lora_weights": "pissa"},
+            r'initial values that change the base are not supported, got .*"pissa"; conv',
+        ),
+        (
+            {"rank_pattern": {"(a+)+": 3}},
+            r'rank_pattern "\(a\+\)\+" is not supported; only literal module names',
+        ),
+        ({"rank_pattern": {"q_proj": "3"}}, r'rank_pattern "q_proj", expected a number, got "3"'),
+        ({"rank_pattern": {"q_proj": 0}}, r"bad LoRA rank, expected at least 1, got 0"),
+        ({"alpha_pattern": [3]}, r"alpha_pattern, expected an object, got \[3\]"),
+        ({"lora_dropout": "0"}, r"bad settings"),
+        ({"lora_dropout": 2}, r"bad LoRA dropout"),
+        ({"r": 5}, r"q_proj.lora_A.weight': shape does not fit the model, expected \[5, 32\], got \[4, 32\]"),
+        ({"target_modules": ["q_proj", "v_proj"]}, r"v_proj.lora_A.weight': missing; save the adapter again"),
+    ],
+)
+def test_settings_that_would_compute_something_else_are_refused(
+    changes: dict[str, Any], message: str, ours: CausalLM, adapter_path: Path
+) -> None:
+    file = adapter_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    with pytest.raises(LoadError, match=message):
+        load_adapter(ours, adapter_path)
+    assert list(lora_layers(ours)) == []
+
+
+def test_other_kinds_of_adapter_are_refused(ours: CausalLM, adapter_path: Path) -> None:
+    file = adapter_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "peft_type": "IA3"}))
+    with pytest.raises(FormatError, match="peft_type, expected 'LORA', got 'IA3'"):
+        load_adapter(ours, adapter_path)
+
+
+Q0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda t: t.pop(Q0), r"layers.0.self_attn.q_proj.lora_A.weight': missing"),
+        (
+            lambda t: t.update({Q0.replace("q_proj", "x_proj"): t[Q0].clone()}),
+            r"x_proj.*has no such linear layer; use the base",
+        ),
+        (
+            lambda t: t.update({"base_model.model.lm_head.weight": t[Q0].clone()}),
+            r"lm_head.weight': unknown tensor, expected",
+        ),
+        (lambda t: t.update({Q0: t[Q0][:, :-1].contiguous()}), r"expected \[4, 32\], got \[4, 31\]"),
+        (lambda t: t.update({Q0: t[Q0].to(torch.int32)}), r"dtype, expected F32 or F16 or BF16, got I32"),
+        (lambda t: t.update({Q0: t[Q0] * torch.inf}), r"not finite"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(
+    edit: Callable[[dict[str, torch.Tensor]], Any], message: str, ours: CausalLM, adapter_path: Path
+) -> None:
+    file = adapter_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    edit(tensors)
+    save_file(tensors, file)
+    with pytest.raises(LoadError, match=message):
+        load_adapter(ours, adapter_path)
+    assert list(lora_layers(ours)) == []
+
+
+def test_sixteen_bit_weights_become_fp32_and_a_second_adapter_is_refused(
+    ours: CausalLM, adapter_path: Path
+) -> None:
+    file = adapter_path / "adapter_model.safetensors"
+    save_file({name: value.bfloat16() for name, value in load_file(file).items()}, file)
+    load_adapter(ours, adapter_path)
+    assert {p.dtype for _, layer in lora_layers(ours) for p in layer.parameters()} == {torch.float32}
+    with pytest.raises(LoadError, match="has an adapter already"):
+        load_adapter(ours, adapter_path)
