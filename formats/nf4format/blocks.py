@@ -1,18 +1,20 @@
 """The block codec: tensor values to NF4 codes with double-quantized scales, and back.
 
-How it works. A tensor of n elements is read flat, in row-major order, in blocks of 64 (the last may be shorter;
-blocks run across rows). Each block keeps the largest magnitude among its elements, absmax, and each
+How it works. A tensor of n elements is read flat, in row-major order, in blocks of 64 (the last may be
+shorter; blocks run across rows). Each block keeps the largest magnitude among its elements, absmax, and each
 element the nearest of 16 levels of [-1, 1] times absmax:
 
-    codes      uint8 [ceil(n / 2)]     two elements a byte, the first one in the high nibble
-    absmax     uint8 [ceil(n / 64)]    index into a 256-entry map, relative to the two constants below
-    nested_absmax  float32 [ceil(ceil(n / 64) / 256)], nested_offset  float32
+    codes          uint8 [ceil(n / 2)]     two elements a byte, the first one in the high nibble
+    absmax         uint8 [ceil(n / 64)]    index into a 256-entry map, relative to the two constants below
+    nested_absmax  float32 [ceil(ceil(n / 64) / 256)]
+    nested_offset  float32
 
-    scale[b]  = round(round(nested_quant_map[absmax[b]] * nested_absmax[b / 256]) + nested_offset)    in float32
-    weight[i] = round(quant_map[code[i]] * scale[i / 64])      in float32, then once to bfloat16 or float16
+    scale[b]  = round(round(nested_quant_map[absmax[b]] * nested_absmax[b / 256]) + nested_offset)
+    weight[i] = round(quant_map[code[i]] * scale[i / 64])
 
-That is QLoRA's code (arXiv 2305.14314, section 3) in the byte layout of bitsandbytes, whose results are the same
-to the bit. `nf4format.reference` says the same in plain numpy.
+in float32; a 16-bit weight is that float32 rounded once more. This is QLoRA's code (arXiv 2305.14314,
+section 3) in the byte layout of bitsandbytes, and it decodes to the same bits. `nf4format.reference` says the
+same in plain numpy; here the work is done by native kernels.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
+from . import _native
 from .codebook import BLOCK, NESTED_BLOCK, NESTED_MAP, NF4_LEVELS
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -33,6 +37,9 @@ ARRAY_DTYPES: dict[Dtype, np.dtype] = {
     "bfloat16": np.dtype(np.uint16),
     "float16": np.dtype(np.float16),
 }
+"""What an array of each type is in numpy."""
+
+_DTYPE_CODES: dict[Dtype, int] = {"float32": 0, "bfloat16": 1, "float16": 2}  # of _native
 
 
 class NonFinite(ValueError):
@@ -95,10 +102,11 @@ def quantize_codes(
 ) -> tuple[np.ndarray, np.ndarray]:
     """First stage: 4-bit codes and float32 block scales of a flat contiguous array.
 
-    absmax is the largest magnitude in the block; each value is multiplied by float32(1 / absmax), computed once a
-    block and held to the largest finite float32 (that only matters below absmax = 2**-128), and takes the nearest
-    level by NF4_THRESHOLDS. A block of zeros has absmax 0 and code 7, the level 0.0. Consecutive chunks, each a
-    multiple of 64 elements but the last, give the same bytes as one call on the whole.
+    absmax is the largest magnitude in the block; each value is multiplied by float32(1 / absmax), computed
+    once a block and held to the largest finite float32 (that only matters below absmax = 2**-128), and takes
+    the nearest level by NF4_THRESHOLDS. A block of zeros has absmax 0 and code 7, the level 0.0; so has the
+    missing low nibble when n is odd. Consecutive chunks, each a multiple of 64 elements but the last, give
+    the same bytes as one call on the whole.
 
     Args:
         values: [n], the array type of `dtype`.
@@ -108,10 +116,18 @@ def quantize_codes(
 
     Raises:
         NonFinite: there is a NaN or an infinity; what was written is then of no use.
+        ValueError: an array has another dtype or size, or is not contiguous.
     """
-    from . import reference
-
-    return reference.quantize_codes(values, dtype, codes=codes, absmax=absmax, threads=threads)
+    n = values.size
+    _check_array("values", values, ARRAY_DTYPES[dtype], n)
+    codes = _output("codes", codes, np.uint8, math.ceil(n / 2))
+    absmax = _output("absmax", absmax, np.float32, math.ceil(n / BLOCK))
+    index = _native.quantize_codes(
+        values.ctypes.data, _DTYPE_CODES[dtype], n, codes.ctypes.data, absmax.ctypes.data, threads
+    )
+    if index >= 0:
+        raise NonFinite(index)
+    return codes, absmax
 
 
 def quantize_absmax(absmax_f32: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
@@ -119,15 +135,20 @@ def quantize_absmax(absmax_f32: np.ndarray) -> tuple[np.ndarray, np.ndarray, flo
 
     offset = their mean: eight float64 sums of every eighth scale in rising order, added from the first to the
     eighth, divided by nb, rounded once to float32. Then scale - offset, in blocks of 256, is divided by the
-    block's largest magnitude (by reciprocal, as in the first stage) and takes the nearest entry of NESTED_MAP; a
-    tie takes the lower one.
+    block's largest magnitude (by reciprocal, as in the first stage) and takes the nearest entry of
+    NESTED_MAP, by the float32 midpoints; a tie takes the lower one.
 
     Returns:
         absmax uint8 [nb], nested_absmax float32 [ceil(nb / 256)], nested_offset (a float32 value).
     """
-    from . import reference
-
-    return reference.quantize_absmax(absmax_f32)
+    num_blocks = absmax_f32.size
+    _check_array("absmax_f32", absmax_f32, np.float32, num_blocks)
+    absmax = np.empty(num_blocks, np.uint8)
+    nested_absmax = np.empty(math.ceil(num_blocks / NESTED_BLOCK), np.float32)
+    nested_offset = _native.quantize_absmax(
+        absmax_f32.ctypes.data, num_blocks, absmax.ctypes.data, nested_absmax.ctypes.data
+    )
+    return absmax, nested_absmax, nested_offset
 
 
 def quantize(values: np.ndarray, dtype: Dtype, *, threads: int = 1) -> PackedTensor:
@@ -135,7 +156,9 @@ def quantize(values: np.ndarray, dtype: Dtype, *, threads: int = 1) -> PackedTen
 
     Raises:
         NonFinite: there is a NaN or an infinity.
+        ValueError: the array is not contiguous, or not of the type of `dtype`.
     """
+    _check_array("values", values, ARRAY_DTYPES[dtype], *values.shape)
     codes, absmax = quantize_codes(values.reshape(-1), dtype, threads=threads)
     absmax_u8, nested_absmax, nested_offset = quantize_absmax(absmax)
     return PackedTensor(
@@ -149,27 +172,90 @@ def dequantize(
     *,
     start: int = 0,
     stop: int | None = None,
+    out: np.ndarray | None = None,
     threads: int = 1,
 ) -> np.ndarray:
-    """Decode the flat elements [start, stop) to `dtype` (the tensor's own by default).
+    """Decode the flat elements [start, stop), any part of the tensor, to `dtype` (by default its own).
+
+    Args:
+        out: where to write, [stop - start] of the array type of the dtype; a new array by default.
+        threads: the most threads to use; the result does not depend on it.
+
+    Raises:
+        ValueError: the range lies outside the tensor, or `out` does not fit.
+    """
+    dtype = packed.dtype if dtype is None else dtype
+    stop = packed.size if stop is None else stop
+    if not 0 <= start <= stop <= packed.size:
+        raise ValueError(f"range: expected 0 <= start <= stop <= {packed.size}, got [{start}, {stop})")
+    out = _output("out", out, ARRAY_DTYPES[dtype], stop - start)
+    _native.dequantize(*_addresses(packed), start, stop, out.ctypes.data, _DTYPE_CODES[dtype], threads)
+    return out
+
+
+def linear(
+    x: np.ndarray, x_dtype: Dtype, packed: PackedTensor, out_dtype: Dtype | None = None, *, threads: int = 1
+) -> np.ndarray:
+    """x [m, k] times the transpose of the packed weight [n, k], m = 1 to 8, straight from the codes.
+
+    float32 x is multiplied in float32. 16-bit x is held as 16-bit integers with a float32 scale for each 64
+    elements, an error of the order of 1e-4 of the result's norm, below the rounding of a 16-bit result.
 
     Returns:
-        [stop - start] of the array type of the dtype; the same bits whatever the number of threads.
+        [m, n] of the array type of `out_dtype` (x's by default).
+
+    Raises:
+        ValueError: the shapes do not fit, or m is not 1 to 8.
     """
-    from . import reference
-
-    return reference.dequantize(packed, dtype, start=start, stop=stop, threads=threads)
-
-
-def first_nonfinite(values: np.ndarray, dtype: Dtype, *, nan_only: bool = False) -> int | None:
-    """Flat index of the first NaN or infinity (NaN only, if so asked) of a contiguous array, or None."""
-    from . import reference
-
-    return reference.first_nonfinite(values, dtype, nan_only=nan_only)
-
-
-def _check_array(name: str, array: np.ndarray, dtype: np.typing.DTypeLike, size: int) -> None:
-    if array.dtype != dtype or array.shape != (size,) or not array.flags.c_contiguous:
+    out_dtype = x_dtype if out_dtype is None else out_dtype
+    if x.ndim != 2 or len(packed.shape) != 2 or x.shape[1] != packed.shape[1]:
         raise ValueError(
-            f"{name}: expected a contiguous {np.dtype(dtype)} array of {size}, got {array.dtype} {list(array.shape)}"
+            f"x: expected [m, k] for a weight [n, k] of {list(packed.shape)}, got {list(x.shape)}"
         )
+    _check_array("x", x, ARRAY_DTYPES[x_dtype], *x.shape)
+    m, (n, k) = x.shape[0], packed.shape
+    out = np.empty((m, n), ARRAY_DTYPES[out_dtype])
+    _native.linear(
+        x.ctypes.data, _DTYPE_CODES[x_dtype], m, *_addresses(packed), n, k, out.ctypes.data,
+        _DTYPE_CODES[out_dtype], threads,
+    )  # fmt: skip
+    return out
+
+
+def first_nonfinite(
+    values: np.ndarray, dtype: Dtype, *, nan_only: bool = False, threads: int = 1
+) -> int | None:
+    """Flat index of the first NaN or infinity (NaN only, if so asked) of a contiguous array, or None."""
+    _check_array("values", values, ARRAY_DTYPES[dtype], *values.shape)
+    index = _native.first_nonfinite(values.ctypes.data, _DTYPE_CODES[dtype], values.size, nan_only, threads)
+    return None if index < 0 else index
+
+
+def _addresses(packed: PackedTensor) -> tuple[int, int, int, int, int, float]:
+    return (
+        packed.codes.ctypes.data,
+        packed.absmax.ctypes.data,
+        packed.quant_map.ctypes.data,
+        packed.nested_absmax.ctypes.data,
+        packed.nested_quant_map.ctypes.data,
+        packed.nested_offset,
+    )
+
+
+def _output(name: str, array: np.ndarray | None, dtype: npt.DTypeLike, size: int) -> np.ndarray:
+    """The given array, held to dtype and size, or a new one."""
+    if array is None:
+        return np.empty(size, dtype)
+    _check_array(name, array, dtype, size)
+    if not array.flags.writeable:
+        raise ValueError(f"{name}: expected a writable array, got a read-only one")
+    return array
+
+
+def _check_array(name: str, array: np.ndarray, dtype: npt.DTypeLike, *shape: int) -> None:
+    if array.dtype == dtype and array.shape == shape and array.flags.c_contiguous:
+        return
+    raise ValueError(
+        f"{name}: expected a contiguous {np.dtype(dtype)} array {list(shape)}, "
+        f"got {'' if array.flags.c_contiguous else 'non-contiguous '}{array.dtype} {list(array.shape)}"
+    )

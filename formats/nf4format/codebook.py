@@ -28,24 +28,23 @@ NF4_LEVELS = _from_bits("""
 """)
 """float32 [16], ascending: what codes 0..15 stand for, as a fraction of the block's scale.
 
-Quantiles of the standard normal distribution, averaged between neighbours, an exact zero (code 7), scaled to [-1, 1]
-(QLoRA, section 3 and appendix E)."""
+Normal quantiles with an exact zero at code 7, scaled to [-1, 1] (QLoRA, section 3 and appendix E)."""
 
 NF4_THRESHOLDS = _from_bits("""
     bf591cd9 bf1c5270 beeb8480 beadea76 be703cec be0d38bc bd3a7871 3d22faff
     3df64863 3e5067e0 3e9582d4 3ec753f9 3f006d03 3f248daf 3f5c89d9
 """)
-"""float32 [15]: a scaled value x has code i + 1 or more exactly when x > threshold[i]; a tie takes the lower code.
+"""float32 [15]: a scaled value x has code i + 1 or more exactly when x > threshold[i]; a tie goes down.
 
-These are the midpoints of the levels as the CUDA kernel of bitsandbytes spells them, in decimal; the
-canonical ones. Four differ by one ulp from NF4_THRESHOLDS_CPU: there the exact midpoint lies halfway between
-two float32 values, and the decimal spelling rounds to the other one."""
+The midpoints of the levels as the CUDA kernel of bitsandbytes spells them, in decimal; the canonical ones.
+Four differ by one ulp from NF4_THRESHOLDS_CPU: there the exact midpoint lies halfway between two float32
+values, and the decimal spelling rounds to the other one."""
 
 NF4_THRESHOLDS_CPU = _from_bits("""
     bf591cd8 bf1c5270 beeb8480 beadea76 be703cec be0d38bc bd3a7871 3d22faff
     3df64862 3e5067e0 3e9582d4 3ec753f9 3f006d04 3f248daf 3f5c89da
 """)
-"""float32 [15]: the midpoints computed in float32 from NF4_LEVELS, as the CPU backend of bitsandbytes has them."""
+"""float32 [15]: the midpoints computed in float32 from NF4_LEVELS, as bitsandbytes has them on a CPU."""
 
 NESTED_MAP = _from_bits("""
     bf7e3333 bf7a999a bf770000 bf736666 bf6fcccd bf6c3333 bf68999a bf650000
@@ -83,4 +82,5 @@ NESTED_MAP = _from_bits("""
 """)
 """float32 [256], ascending: the signed dynamic 8-bit map that block scales are stored with.
 
-Seven decades; 0.0 is at 127, 1.0 at 255 ("8-bit Optimizers via Block-wise Quantization", arXiv 2110.02861, section 2)."""
+Seven decades; 0.0 is at 127, 1.0 at 255 (8-bit Optimizers via Block-wise Quantization, arXiv 2110.02861,
+section 2)."""

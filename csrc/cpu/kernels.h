@@ -1,0 +1,100 @@
+// The borders inside the CPU code: value types, the packed layout, and the table of kernels that each
+// instruction set (ISA) fills. Kernels see whole blocks only; the drivers (dequantize.cpp, quantize.cpp,
+// linear.cpp) deal with ragged ends, threads and rounding of results, and the bindings check arguments.
+//
+// Files named *_avx2.cpp and *_avx512.cpp are compiled for their ISA, so they, and the headers they include,
+// use no inline function of the C++ library: the linker keeps one copy of such a function, and it could be
+// the one that an older CPU cannot run. Functions in our headers are static for the same reason.
+#pragma once
+
+#include <cstdint>
+
+namespace nf4 {
+
+enum class Dtype : int { float32 = 0, bfloat16 = 1, float16 = 2 };
+
+constexpr int64_t kBlock = 64;         // elements under one scale
+constexpr int64_t kBlockBytes = 32;    // their codes: two a byte, the first element in the high nibble
+constexpr int64_t kNestedBlock = 256;  // scales under one second-level scale
+constexpr int kMaxRows = 8;            // rows of x that a fused product takes
+
+static inline int64_t dtype_bytes(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
+
+// One NF4 tensor with double-quantized scales; sizes as in nf4format/blocks.py.
+struct Packed {
+  const uint8_t* codes;
+  const uint8_t* absmax;
+  const float* quant_map;
+  const float* nested_absmax;
+  const float* nested_quant_map;
+  float nested_offset;
+};
+
+// Decodes num_blocks blocks to `out`. With `stream`, stores bypass the caches where alignment allows.
+using DequantizeBlocks = void (*)(const uint8_t* codes, const float* scales, const float* quant_map,
+                                  int64_t num_blocks, void* out, Dtype out_dtype, bool stream);
+
+// Encodes num_blocks blocks; returns the first block that holds a NaN or an infinity, or -1. Blocks after
+// that one are not written.
+using QuantizeBlocks = int64_t (*)(const void* values, Dtype dtype, int64_t num_blocks, uint8_t* codes,
+                                   float* absmax);
+
+// Some rows of a fused product y = x W^T. All K = 64 * num_blocks long.
+struct LinearRows {
+  const uint8_t* codes;       // [num_rows, num_blocks * 32]
+  const float* scales;        // [num_rows, scale_stride]: num_blocks scales, then zeros
+  int64_t scale_stride;       // num_blocks rounded up to whole chunks
+  const float* levels;        // float32 [16]
+  const int16_t* levels_i16;  // int16 [16] for the integer kernel: levels * 16384 / largest
+  const void* x;              // [m, x_stride] floats or int16, rearranged (see LinearKernel)
+  int64_t x_stride;           // elements; a whole number of chunks
+  const float* x_scales;      // [m, scale_stride], for the integer kernel only
+  int m;
+  int64_t num_rows;
+  int64_t num_blocks;
+  float* y;  // [m, y_stride]
+  int64_t y_stride;
+};
+
+// A kernel reads x in chunks of `chunk` elements, rearranged once a call so that no shuffle is needed inside:
+// position p of a chunk holds element order(p).
+struct LinearKernel {
+  int chunk;
+  int (*order)(int position);
+  void (*run)(const LinearRows& rows);  // null: this ISA has no such kernel
+};
+
+struct Kernels {
+  const char* isa;
+  DequantizeBlocks dequantize_blocks;
+  QuantizeBlocks quantize_blocks;
+  LinearKernel linear_f32;  // float32 throughout
+  LinearKernel linear_i16;  // 16-bit integer products, float32 scales and sums
+};
+
+extern const Kernels kernels_portable;
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+
+// dequantize.cpp: elements [start, stop), written to out[0 ..).
+void dequantize(const Packed& packed, int64_t start, int64_t stop, void* out, Dtype out_dtype, int threads);
+
+// quantize.cpp: codes [(n + 1) / 2], absmax [(n + 63) / 64]; returns -1 or the index of the first non-finite
+// value.
+int64_t quantize_codes(const void* values, Dtype dtype, int64_t n, uint8_t* codes, float* absmax,
+                       int threads);
+
+// nonfinite.cpp: index of the first NaN or infinity (NaN only, if so asked), or -1.
+int64_t first_nonfinite(const void* values, Dtype dtype, int64_t n, bool nan_only, int threads);
+
+// quantize_absmax.cpp: second level; returns the offset.
+float quantize_absmax(const float* absmax, int64_t n, uint8_t* codes, float* nested_absmax);
+
+// linear.cpp: out[m, n] = x[m, k] W[n, k]^T, m = 1 .. kMaxRows.
+void linear(const void* x, Dtype x_dtype, int m, const Packed& packed, int64_t n, int64_t k, void* out,
+            Dtype out_dtype, int threads);
+
+// scales.cpp: float32 scales of blocks [first, first + count).
+void decode_scales(const Packed& packed, int64_t first, int64_t count, float* scales);
+
+}  // namespace nf4

@@ -1,0 +1,67 @@
+"""NF4 kernels for the CPU (csrc/cpu). Addresses are plain integers: the caller holds arrays to sizes and
+types, keeps them alive, and sees that outputs do not overlap inputs. Every function releases the interpreter
+lock.
+
+Type codes: 0 float32, 1 bfloat16, 2 float16. `threads` >= 1 is the most threads to use; no result depends on
+it. Raises ValueError for a number out of range, or an NF4_CPU_ISA that cannot run here.
+"""
+
+from typing import TypedDict
+
+class BuildInfo(TypedDict):
+    version: str
+    compiler: str
+    isa: str  # what runs: "portable", "avx2" or "avx512"; NF4_CPU_ISA overrides (for tests)
+    isas: list[str]  # those compiled in
+    cuda: bool  # whether GPU kernels were built
+
+def quantize_codes(src: int, dtype: int, n: int, codes: int, absmax_f32: int, threads: int) -> int:
+    """Codes uint8 [ceil(n / 2)] and scales float32 [ceil(n / 64)] of n values.
+
+    Returns -1, or the index of the first non-finite value, and then the outputs are of no use.
+    """
+
+def quantize_absmax(absmax_f32: int, n: int, absmax_u8: int, nested_absmax: int) -> float:
+    """Scales uint8 [n] and float32 [ceil(n / 256)] of n float32 scales; returns nested_offset."""
+
+def first_nonfinite(src: int, dtype: int, n: int, nan_only: bool, threads: int) -> int:
+    """Index of the first NaN or infinity (NaN only, if so asked) among n values, or -1."""
+
+def dequantize(
+    codes: int,
+    absmax: int,
+    quant_map: int,
+    nested_absmax: int,
+    nested_quant_map: int,
+    nested_offset: float,
+    start: int,
+    stop: int,
+    out: int,
+    out_dtype: int,
+    threads: int,
+) -> None:
+    """Elements [start, stop) of the flat tensor to out[0 .. stop - start)."""
+
+def linear(
+    x: int,
+    x_dtype: int,
+    m: int,
+    codes: int,
+    absmax: int,
+    quant_map: int,
+    nested_absmax: int,
+    nested_quant_map: int,
+    nested_offset: float,
+    n: int,
+    k: int,
+    out: int,
+    out_dtype: int,
+    threads: int,
+) -> None:
+    """out [m, n] = x [m, k] times the transpose of the packed weight [n, k]; m is 1 to 8, all row-major.
+
+    float32 x: float32 arithmetic. bfloat16 and float16 x: 16-bit integer products, an error of the order of
+    1e-4 of the result's norm, below the rounding of a 16-bit output.
+    """
+
+def build_info() -> BuildInfo: ...
