@@ -81,7 +81,13 @@ class Batch:
 
     @property
     def num_labels(self) -> int:
+        """Tokens that carry loss."""
         return int((self.labels != IGNORED).sum())
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens without the padding."""
+        return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
 
 
 def load_dataset(paths: Iterable[str | Path], tokenizer: TextEncoder, seq_len: int) -> Dataset:

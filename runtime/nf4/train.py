@@ -1,0 +1,356 @@
+"""Fine-tuning a LoRA adapter on a packed model: the whole run, read top to bottom in `train`."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from .adapters import save_adapter
+from .data import Batch, Dataset, TextEncoder, example_order, load_dataset, make_batch, split_dataset
+from .decoder import CausalLM
+from .errors import TrainError
+from .lora import LoraConfig, add_lora
+from .loss import backward_loss, labelled_positions, loss_sum
+from .optim import DEFAULT_PAGE_BYTES, PagedAdamW
+from .runlog import RunLog, StopRequest, memory_bytes
+from .schedule import SCHEDULES, rate_factor
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Everything that decides a run. The same options, data and base give the same adapter, bit for bit,
+    on the same machine with the same number of threads.
+
+    Attributes:
+        data: text or JSONL files (see nf4.data).
+        out: directory of the adapter; written at the end, and every `save_every` steps.
+        steps, epochs: length of the run; `steps` counts optimizer steps and wins where both are given.
+        batch, accumulate: sequences of a micro-batch, and micro-batches of a step.
+        seq_len: the most tokens in a sequence.
+        lr, schedule, warmup: peak rate, what follows, steps until it is reached.
+        clip: the most the gradient's norm may be; 0 leaves it alone.
+        eval_data, eval_fraction: text or JSONL to evaluate on, or a share of `data` kept apart for it.
+        eval_every: steps between evaluations; 0 evaluates at the start and the end only.
+        page_budget: bytes of optimizer state kept in memory; None keeps all. page_file: where the rest
+            goes; None takes a temporary file.
+        log: JSONL file; None takes `out` with .jsonl behind its name.
+        force: replace an adapter and a log that are there already.
+    """
+
+    data: tuple[Path, ...]
+    out: Path
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    lr: float = 2e-4
+    schedule: str = "cosine"
+    warmup: int = 10
+    steps: int | None = None
+    epochs: float = 1.0
+    batch: int = 4
+    accumulate: int = 4
+    seq_len: int = 512
+    clip: float = 1.0
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    seed: int = 0
+    checkpointing: bool = False
+    eval_data: tuple[Path, ...] = ()
+    eval_fraction: float = 0.0
+    eval_every: int = 0
+    save_every: int = 0
+    page_budget: int | None = None
+    page_file: Path | None = None
+    log: Path | None = None
+    force: bool = False
+
+    @property
+    def log_path(self) -> Path:
+        return self.log or self.out.with_name(f"{self.out.name}.jsonl")
+
+
+@dataclass
+class TrainSummary:
+    """How a run went.
+
+    Attributes:
+        steps, tokens: optimizer steps done, and tokens that went through the model for them.
+        seconds: spent in these steps, evaluations and saves not counted.
+        evaluations: step -> mean negative log-likelihood, in nats, on the evaluation data.
+        stopped_by: name of the signal that ended the run early, or None.
+    """
+
+    out: Path
+    log: Path
+    steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    evaluations: dict[int, float] = field(default_factory=dict)
+    stopped_by: str | None = None
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+def train(
+    model: CausalLM,
+    tokenizer: TextEncoder,
+    options: TrainOptions,
+    *,
+    progress: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+) -> TrainSummary:
+    """Add LoRA layers to the model, train them, and save the adapter.
+
+    Args:
+        model: from `nf4.load`, without an adapter. It keeps the trained adapter.
+        tokenizer: the model's.
+        options: the run.
+        progress: show a bar on stderr.
+        say: takes lines about data, evaluations and saves.
+
+    Raises:
+        TrainError: options or data that cannot be used, an output that exists, a loss or gradient that
+            is not finite. An adapter saved before stays as it was.
+        WriteError: the adapter cannot be written.
+    """
+    check_options(options)
+    if options.seq_len > model.config.max_position_embeddings:
+        raise TrainError(
+            "",
+            "sequence length",
+            expected=f"at most the model's {model.config.max_position_embeddings} positions",
+            got=options.seq_len,
+        )
+    training, evaluation = load_data(tokenizer, options, say)
+    plan = StepPlan(training, options)
+
+    torch.manual_seed(options.seed)  # dropout
+    add_lora(model, options.lora, options.seed)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    model.gradient_checkpointing = options.checkpointing
+    optimizer = PagedAdamW(
+        parameters,
+        lr=options.lr,
+        betas=options.betas,
+        weight_decay=options.weight_decay,
+        page_bytes=_page_bytes(options.page_budget),
+        budget_bytes=options.page_budget,
+        backing=options.page_file,
+    )
+    say(f"training {sum(p.numel() for p in parameters):,} parameters for {plan.steps} steps")
+    summary = TrainSummary(options.out, options.log_path)
+
+    def evaluate_now(step: int) -> None:
+        if evaluation is not None and step not in summary.evaluations:
+            loss = evaluate(model, evaluation, options.batch)
+            summary.evaluations[step] = loss
+            log.write(step=step, eval_loss=loss, eval_perplexity=perplexity_of(loss))
+            say(f"step {step}: evaluation loss {loss:.4f}, perplexity {perplexity_of(loss):.2f}")
+
+    try:
+        with (
+            RunLog(summary.log) as log,
+            StopRequest() as stop,
+            tqdm(total=plan.steps, unit="step", disable=not progress) as bar,
+        ):
+            evaluate_now(0)
+            model.train()
+            for step, micro_batches in enumerate(plan, 1):
+                began = time.perf_counter()
+                rate = options.lr * rate_factor(
+                    step - 1, steps=plan.steps, warmup=options.warmup, schedule=options.schedule
+                )
+                loss, norm = train_step(
+                    model, optimizer, micro_batches, rate=rate, clip=options.clip, step=step
+                )
+                elapsed = time.perf_counter() - began
+
+                tokens = sum(batch.num_tokens for batch in micro_batches)
+                summary.steps, summary.tokens = step, summary.tokens + tokens
+                summary.seconds += elapsed
+                memory = memory_bytes()
+                log.write(
+                    step=step,
+                    loss=loss,
+                    lr=rate,
+                    grad_norm=norm,
+                    tokens=summary.tokens,
+                    tokens_per_second=round(tokens / elapsed, 1),
+                    memory_bytes=memory,
+                )
+                bar.update()
+                bar.set_postfix_str(
+                    f"loss {loss:.3f}, {summary.tokens_per_second:,.0f} tokens/s, {memory / 2**20:,.0f} MiB"
+                )
+                if stop.signal is not None:
+                    summary.stopped_by = stop.signal.name
+                    break
+                if options.eval_every and step % options.eval_every == 0:
+                    evaluate_now(step)
+                if options.save_every and step % options.save_every == 0:
+                    save_adapter(model, options.out)
+            if summary.stopped_by is None:
+                evaluate_now(summary.steps)
+            save_adapter(model, options.out)
+    finally:
+        optimizer.close()
+        model.eval()
+    return summary
+
+
+def train_step(
+    model: CausalLM, optimizer: PagedAdamW, batches: list[Batch], *, rate: float, clip: float, step: int
+) -> tuple[float, float]:
+    """One optimizer step over its micro-batches: (mean loss a labelled token, gradient norm before clipping).
+
+    Both are normalised by the labelled tokens of the whole step, so 1 x 8 sequences and 8 x 1 agree.
+
+    Raises:
+        TrainError: loss or gradient is not finite; the parameters are as before the step.
+    """
+    labels = sum(batch.num_labels for batch in batches)
+    total = 0.0
+    for number, batch in enumerate(batches, 1):
+        hidden = model.hidden_states(batch.input_ids, batch.attention_mask)
+        states, targets = labelled_positions(hidden, batch.labels)
+        loss = backward_loss(model.head, states, targets, model.config.vocab_size, scale=1 / labels)
+        if not math.isfinite(loss):
+            raise _not_finite(f"loss, micro-batch {number} of {len(batches)},", step, loss)
+        total += loss
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, clip or math.inf).item()
+    if not math.isfinite(norm):
+        raise _not_finite("gradient norm", step, norm)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=False)  # the buffers are needed again at once
+    return total / labels, norm
+
+
+def evaluate(model: CausalLM, dataset: Dataset, batch_size: int) -> float:
+    """Mean negative log-likelihood, in nats, of the labelled tokens; dropout off, the model's mode kept."""
+    was_training = model.training
+    model.eval()
+    total = 0.0
+    examples = sorted(dataset.examples, key=lambda example: len(example.ids))  # little padding
+    with torch.no_grad():
+        for start in range(0, len(examples), batch_size):
+            batch = make_batch(examples[start : start + batch_size])
+            hidden = model.hidden_states(batch.input_ids, batch.attention_mask)
+            total += loss_sum(model.head, *labelled_positions(hidden, batch.labels), model.config.vocab_size)
+    model.train(was_training)
+    return total / dataset.num_labels
+
+
+def perplexity_of(loss: float) -> float:
+    """exp of a mean negative log-likelihood; infinite where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+class StepPlan:
+    """The micro-batches of each optimizer step, in the order that the seed gives."""
+
+    def __init__(self, dataset: Dataset, options: TrainOptions) -> None:
+        self._dataset, self._options = dataset, options
+        per_step = options.batch * options.accumulate
+        count = len(dataset.examples)
+        # An epoch ends with a smaller step; a number of steps is all full ones.
+        self._sequences = (
+            options.steps * per_step if options.steps is not None else max(1, round(options.epochs * count))
+        )
+        self.steps = math.ceil(self._sequences / per_step)
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        options, examples = self._options, self._dataset.examples
+        order = itertools.islice(example_order(len(examples), options.seed), self._sequences)
+        while chosen := [examples[i] for i in itertools.islice(order, options.batch * options.accumulate)]:
+            yield [make_batch(chosen[at : at + options.batch]) for at in range(0, len(chosen), options.batch)]
+
+
+def load_data(
+    tokenizer: TextEncoder, options: TrainOptions, say: Callable[[str], None]
+) -> tuple[Dataset, Dataset | None]:
+    """Training data, and evaluation data if the options name any; says what was cut.
+
+    Raises:
+        TrainError: see nf4.data; both kinds of evaluation data asked for.
+    """
+    training = load_dataset(options.data, tokenizer, options.seq_len)
+    evaluation = None
+    if options.eval_data:
+        evaluation = load_dataset(options.eval_data, tokenizer, options.seq_len)
+    elif options.eval_fraction:
+        training, evaluation = split_dataset(training, options.eval_fraction, options.seed)
+    for name, dataset in (("training", training), ("evaluation", evaluation)):
+        if dataset is not None:
+            say(f"{name} data: {len(dataset.examples):,} sequences, {dataset.num_labels:,} tokens with loss")
+            if dataset.truncated:
+                say(
+                    f"{name} data: {dataset.truncated:,} rows cut at {options.seq_len} tokens,"
+                    f" {dataset.dropped:,} of them left out because nothing of their completion remained"
+                )
+    return training, evaluation
+
+
+def check_options(options: TrainOptions) -> None:
+    """Refuse what would fail, or be lost, after hours: numbers out of range, outputs that exist.
+
+    Raises:
+        TrainError: with the option's name and value.
+    """
+    at_least: dict[str, tuple[Any, float]] = {
+        "steps": (options.steps if options.steps is not None else 1, 1),
+        "batch": (options.batch, 1),
+        "accumulate": (options.accumulate, 1),
+        "warmup": (options.warmup, 0),
+        "clip": (options.clip, 0),
+        "eval_every": (options.eval_every, 0),
+        "save_every": (options.save_every, 0),
+        "seed": (options.seed, 0),
+    }
+    for name, (value, least) in at_least.items():
+        if not value >= least:
+            raise TrainError("", f"bad {name}", expected=f"at least {least}", got=value)
+    for name, positive in (("epochs", options.epochs), ("lr", options.lr)):
+        if not 0 < positive < math.inf:
+            raise TrainError("", f"bad {name}", expected="above 0", got=positive)
+    if options.schedule not in SCHEDULES:
+        raise TrainError("", "unknown schedule", expected=" or ".join(SCHEDULES), got=options.schedule)
+    if options.eval_data and options.eval_fraction:
+        raise TrainError("", "give evaluation data or a fraction for it, not both")
+    if options.eval_every and not (options.eval_data or options.eval_fraction):
+        raise TrainError(
+            "", "evaluation asked for without data", remedy="give --eval-data or --eval-fraction"
+        )
+    for path in (options.out, options.log_path):
+        parent = path.absolute().parent
+        if not parent.is_dir():
+            raise TrainError(path, f"there is no directory {parent}", remedy="create it first")
+        if not os.access(parent, os.W_OK):
+            raise TrainError(path, f"{parent} is not writable", remedy="choose another place")
+        if os.path.lexists(path) and not options.force:
+            raise TrainError(path, "exists already", remedy="choose another name or pass --force")
+
+
+def _page_bytes(budget: int | None) -> int:
+    """At least four pages in a small budget: one in use, one arriving, the rest worth finding again."""
+    return DEFAULT_PAGE_BYTES if budget is None else max(8, min(DEFAULT_PAGE_BYTES, budget // 4 // 8 * 8))
+
+
+def _not_finite(what: str, step: int, value: float) -> TrainError:
+    return TrainError(
+        "",
+        f"step {step}: the {what} is not finite",
+        got=value,
+        remedy="lower --lr, or use --dtype float32; the adapter of this run was not saved at this step",
+    )
