@@ -8,9 +8,9 @@ import re
 from typing import Any, Final
 
 MAX_NESTING: Final = 64
-MAX_INTEGER_DIGITS: Final = (
-    400  # tokenizer configs really hold 10^30; thousands of digits cost quadratic time
-)
+MAX_DIGITS: Final = 1000  # tokenizer configs really hold 10^30; many more digits cost quadratic time
+_LONG_DIGITS: Final = b"0" * MAX_DIGITS
+_DIGITS_AS_ZERO: Final = bytes(0x30 if 0x30 <= byte <= 0x39 else 0x20 for byte in range(256))
 
 # One escape sequence: simple, a surrogate pair, a plain \uXXXX, or (the group) half a pair or malformed.
 _ESCAPE: Final = re.compile(
@@ -34,6 +34,8 @@ def parse_json(data: bytes, *, limit_nesting: bool = True) -> Any:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 at byte {error.start}") from None
+    if _LONG_DIGITS in data.translate(_DIGITS_AS_ZERO):
+        raise ValueError(f"a number of {MAX_DIGITS} digits or more")
     if "\\u" in text and any(match.group(1) for match in _ESCAPE.finditer(text)):
         raise ValueError("not JSON: half a surrogate pair in a \\u escape")
     try:
@@ -41,7 +43,7 @@ def parse_json(data: bytes, *, limit_nesting: bool = True) -> Any:
             text,
             object_pairs_hook=_unique,
             parse_constant=_no_constant,
-            parse_int=_integer,
+            parse_int=_signed_zero if "-0" in text else None,
             parse_float=_finite,
         )
     except RecursionError:
@@ -91,10 +93,9 @@ def _no_constant(text: str) -> float:
     raise ValueError(f"{text} is not JSON")
 
 
-def _integer(text: str) -> int | float:
-    if len(text) > MAX_INTEGER_DIGITS:
-        raise ValueError(f"an integer of {len(text)} digits")
-    return -0.0 if text == "-0" else int(text)  # a float, as other parsers have it: no unsigned number is -0
+def _signed_zero(text: str) -> int | float:
+    """-0 as other parsers have it: a float, as no unsigned number is -0."""
+    return -0.0 if text == "-0" else int(text)
 
 
 def _finite(text: str) -> float:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from nf4format.atomic import AtomicFile
 from nf4format.codebook import NESTED_MAP, NF4_LEVELS
 from nf4format.container import config_sha256, seal

@@ -1,0 +1,401 @@
+"""The header validator: what it refuses, what it spares source files; safetensors' own reader as oracle."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import socket
+import struct
+import time
+import tracemalloc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors
+
+from nf4format.errors import FormatError
+from nf4format.header import MAX_DIM, MAX_TENSORS, TensorEntry, encode_header, read_header
+
+META = {"format": "pt"}
+A = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
+B = {"dtype": "U8", "shape": [3], "data_offsets": [16, 19]}
+GOOD = {"__metadata__": META, "a": A, "b": B}
+DATA = bytes(range(19))
+
+
+def text(header: Any) -> bytes:
+    return json.dumps(header, separators=(",", ":")).encode()
+
+
+def with_a(**changes: Any) -> bytes:
+    return text({**GOOD, "a": {**A, **changes}})
+
+
+# id -> (header text, what the message must say); refused whatever the mode.
+REFUSED: dict[str, tuple[bytes, str]] = {
+    "array": (b"[]", "not a JSON object|'{' first"),
+    "string": (b'""', "not a JSON object|'{' first"),
+    "number": (b"12", "not a JSON object|'{' first"),
+    "null": (b"null", "not a JSON object|'{' first"),
+    "two objects": (text(GOOD) + b"{}", "not JSON"),
+    "trailing comma": (text(GOOD)[:-1] + b",}", "not JSON"),
+    "comment": (b"/**/" + text(GOOD), "'{'|not JSON"),
+    "byte order mark": (b"\xef\xbb\xbf" + text(GOOD), "'{'|not JSON"),
+    "NUL padding": (text(GOOD) + b"\0\0", "'}'|not JSON"),
+    "UTF-16": (text(GOOD).decode().encode("utf-16-le"), "not JSON|'}'"),
+    "invalid UTF-8": (text(GOOD).replace(b'"b"', b'"\xff"'), "not UTF-8"),
+    "surrogate, raw": (text(GOOD).replace(b'"pt"', b'"\xed\xa0\x80"'), "not UTF-8"),
+    "surrogate, escaped": (text(GOOD).replace(b'"pt"', b'"\\ud800"'), "surrogate"),
+    "surrogate, low first": (text(GOOD).replace(b'"pt"', b'"\\udc00\\ud800"'), "surrogate"),
+    "surrogate behind a backslash pair": (text(GOOD).replace(b'"pt"', b'"\\\\\\ud800"'), "surrogate"),
+    "control character": (text(GOOD).replace(b'"pt"', b'"p\tt"'), "not JSON"),
+    "name empty": (text({**GOOD, "": {**B, "data_offsets": [19, 19], "shape": [0]}}), "not a tensor name"),
+    "name with NUL": (text(GOOD).replace(b'"b"', b'"b\\u0000c"'), "not a tensor name"),
+    "name as path": (text(GOOD).replace(b'"b"', b'"../../etc/passwd"'), "not a tensor name"),
+    "name absolute": (text(GOOD).replace(b'"b"', b'"/etc/passwd"'), "not a tensor name"),
+    "name of 1 MB": (text(GOOD).replace(b'"b"', b'"' + b"x" * 1_000_000 + b'"'), "not a tensor name"),
+    "name of 256": (text(GOOD).replace(b'"b"', b'"' + b"x" * 256 + b'"'), "not a tensor name"),
+    "name right to left": (text(GOOD).replace(b'"b"', b'"\\u202eb"'), "not a tensor name"),
+    "name with newline": (text(GOOD).replace(b'"b"', b'"b\\n"'), "not a tensor name"),
+    "duplicate name, same range": (text(GOOD)[:-1] + b',"b":' + text(B) + b"}", "'b' appears twice"),
+    "duplicate name, escaped": (text(GOOD)[:-1] + b',"\\u0062":' + text(B) + b"}", "'b' appears twice"),
+    "duplicate name, other range": (
+        text(GOOD)[:-1] + b',"a":' + text({**B, "data_offsets": [19, 22]}) + b"}",
+        "'a' appears twice",
+    ),
+    "duplicate field": (text(GOOD).replace(b'"dtype":"U8"', b'"dtype":"U8","dtype":"I8"'), "'dtype' appears"),
+    "duplicate __metadata__": (text(GOOD)[:-1] + b',"__metadata__":{}}', "'__metadata__' appears twice"),
+    "duplicate metadata key": (
+        text(GOOD).replace(b'"format":', b'"format":"x","format":'),
+        "'format' appears",
+    ),
+    "metadata number": (text({**GOOD, "__metadata__": {"x": 1}}), "expected a string, got int"),
+    "metadata nested": (text({**GOOD, "__metadata__": {"x": {}}}), "expected a string, got dict"),
+    "metadata null": (text({**GOOD, "__metadata__": None}), "__metadata__ is not an object"),
+    "metadata list": (text({**GOOD, "__metadata__": []}), "__metadata__ is not an object"),
+    "metadata of 10 MB": (text({**GOOD, "__metadata__": {"x": "y" * 10_000_000}}), "too long"),
+    "metadata of many keys": (text({**GOOD, "__metadata__": {str(i): "" for i in range(2000)}}), "too many"),
+    "entry not an object": (text({**GOOD, "b": 3}), "expected an object, got int"),
+    "entry without dtype": (text({**GOOD, "b": {"shape": [3], "data_offsets": [16, 19]}}), "no dtype"),
+    "offsets negative": (with_a(data_offsets=[-16, 0]), "out of range"),
+    "offset minus zero": (text(GOOD).replace(b"[0,16]", b"[-0,16]"), "two integers"),
+    "offsets float": (with_a(data_offsets=[0.0, 16.0]), "two integers"),
+    "offset exponent": (text(GOOD).replace(b"[0,16]", b"[0,16e0]"), "two integers"),
+    "offset above u64": (with_a(data_offsets=[0, 1 << 64]), "out of range"),
+    "offset near u64": (with_a(data_offsets=[(1 << 64) - 16, (1 << 64) - 1]), "out of range"),
+    "offset of 10^5 digits": (text(GOOD).replace(b"[0,16]", b"[0,1" + b"0" * 100_000 + b"]"), "digits"),
+    "offsets bool": (with_a(data_offsets=[False, 16]), "two integers"),
+    "three offsets": (with_a(data_offsets=[0, 16, 16]), "two integers"),
+    "end before begin": (with_a(data_offsets=[16, 0]), "out of range"),
+    "hole": (text({**GOOD, "b": {**B, "data_offsets": [17, 20]}}), "leaves a gap"),
+    "hole at the start": (
+        text({**GOOD, "a": {**A, "data_offsets": [4, 20]}, "b": {**B, "data_offsets": [20, 23]}}),
+        "leaves a gap",
+    ),
+    "overlap": (text({**GOOD, "b": {**B, "data_offsets": [15, 18]}}), "overlaps"),
+    "same range twice": (text({**GOOD, "c": B}), "overlaps"),
+    "past the end": (text({**GOOD, "b": {**B, "shape": [4], "data_offsets": [16, 20]}}), "cut short"),
+    "bytes behind": (text({"__metadata__": META, "a": A}), "bytes after the last tensor"),
+    "shape overflow": (with_a(shape=[MAX_DIM, MAX_DIM, MAX_DIM]), "at most .* elements"),
+    "shape overflow beside 0": (
+        text({**GOOD, "b": {"dtype": "U8", "shape": [0, MAX_DIM, MAX_DIM], "data_offsets": [16, 16]}}),
+        "at most .* elements",
+    ),
+    "dimension 2^63": (with_a(shape=[1 << 63, 4, 0]), "expected dimensions"),
+    "dimension negative": (with_a(shape=[-2, -2]), "expected dimensions"),
+    "rank 10^5": (with_a(shape=[1] * 100_000), "up to 8 integers"),
+    "rank 9": (with_a(shape=[2, 2, 1, 1, 1, 1, 1, 1, 1]), "up to 8 integers"),
+    "shape of NaN": (text(GOOD).replace(b"[2,2]", b"[NaN]"), "NaN is not JSON"),
+    "shape of Infinity": (text(GOOD).replace(b"[2,2]", b"[-Infinity]"), "-Infinity is not JSON"),
+    "shape of strings": (with_a(shape=["2", "2"]), "integers"),
+    "shape of bools": (with_a(shape=[True, 4]), "integers"),
+    "shape a number": (with_a(shape=4), "integers"),
+    "dtype unknown": (with_a(dtype="F7"), "unknown dtype 'F7'"),
+    "dtype lower case": (with_a(dtype="f32"), "unknown dtype 'f32'"),
+    "dtype a list": (with_a(dtype=["F32"]), "dtype to be a string"),
+    "F4 of an odd count": (text({**GOOD, "b": {**B, "dtype": "F4", "shape": [5]}}), "whole bytes"),
+    "size wrong by one": (text({**GOOD, "b": {**B, "shape": [4]}}), "expected 4 bytes .* got 3"),
+    "nesting 200": (text({**GOOD, "b": {**B, "x": json.loads("[" * 200 + "]" * 200)}}), "unknown|deeper"),
+    "nesting 100k": (b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "deeper"),
+    "nesting 1M": (b'{"a":' + b"[" * 1_000_000 + b"]" * 1_000_000 + b"}", "too many|deeper"),
+    "10^6 objects": (b'{"a":[' + b"{}," * 1_000_000 + b"{}]}", "too many tensors"),
+    "lists of nothing": (b'{"a":[' + b"[]," * 4_000_000 + b"[]]}", "too many tensors"),
+}
+
+# Refused in a .nf4 file, accepted in a source file.
+RELAXED: dict[str, tuple[bytes, str]] = {
+    "leading spaces": (b"  " + text(GOOD), "expected '{' first"),
+    "newline padding": (text(GOOD) + b"\n\n", "expected '}' and spaces last"),
+    "no metadata": (text({"a": A, "b": B}), "no __metadata__"),
+    "unknown field": (text({**GOOD, "b": {**B, "note": "x"}}), "unknown field 'note'"),
+    "misaligned": (
+        text({"__metadata__": META, "b": {**B, "data_offsets": [0, 3]}, "a": {**A, "data_offsets": [3, 19]}}),
+        "misaligned",
+    ),
+    "listed out of order": (
+        text({"__metadata__": META, "b": B, "a": A}),
+        "does not list tensors in the order",
+    ),
+}
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(tensor_file: Callable[..., Path], case: str, strict: bool) -> None:
+    header, message = REFUSED[case]
+    path = tensor_file(header + b" " * (-len(header) % 8), DATA)
+    started = time.perf_counter()
+    with pytest.raises(FormatError, match=message) as caught:
+        read_header(path, strict=strict)
+    assert time.perf_counter() - started < 2
+    assert str(caught.value).startswith(str(path))
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("case", RELAXED)
+def test_relaxed_for_source_files_only(tensor_file: Callable[..., Path], case: str) -> None:
+    header, message = RELAXED[case]
+    padded = header if case == "misaligned" else header + b" " * (-len(header) % 8)
+    path = tensor_file(padded, DATA)
+    assert set(read_header(path, strict=False).entries) == {"a", "b"}
+    if case == "newline padding":
+        path = tensor_file(header + b" " * (-len(header) % 8 - 2) + b"\n", DATA)
+    with pytest.raises(FormatError, match=message):
+        read_header(path, strict=True)
+
+
+def test_tensor_is_named(tensor_file: Callable[..., Path]) -> None:
+    path = tensor_file(with_a(dtype="F7"), DATA)
+    with pytest.raises(
+        FormatError, match=r"tensor 'a': unknown dtype 'F7', expected one of BOOL .* U64"
+    ) as caught:
+        read_header(path, strict=False)
+    assert caught.value.tensor == "a"
+    assert caught.value.file == str(path)
+
+
+@pytest.mark.parametrize(
+    "length", [0, 1, 1 << 40, (1 << 64) - 1, (1 << 64) - 8, 100_000_001, 16 * 2**20 + 1, 300]
+)
+def test_length_field(tensor_file: Callable[..., Path], length: int) -> None:
+    path = tensor_file(text(GOOD), DATA, length=length)
+    with pytest.raises(FormatError, match=r"out of range|cut short"):
+        read_header(path, strict=False)
+
+
+def test_long_header_needs_the_override(tensor_file: Callable[..., Path]) -> None:
+    path = tensor_file(text(GOOD) + b" " * (17 << 20), DATA)
+    with pytest.raises(FormatError, match="header length out of range"):
+        read_header(path, strict=False)
+    assert list(read_header(path, strict=False, max_header_bytes=1 << 40).entries) == ["a", "b"]
+
+
+@pytest.mark.parametrize("size", [0, 7, 8, 40, -1])
+def test_cut_short(tensor_file: Callable[..., Path], size: int) -> None:
+    path = tensor_file(text(GOOD), DATA)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:size])
+    with pytest.raises(FormatError, match=r"too short|cut short|never completed"):
+        read_header(path, strict=False)
+
+
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n",
+            "git-lfs pointer.*git lfs pull",
+        ),
+        (b"<!DOCTYPE html><html></html>", "HTML page"),
+        (b"\n <html lang=en>", "HTML page"),
+        (b"\x1f\x8b\x08\0\0\0\0\0\0\0", "gzip"),
+        (b"GGUF\x03\0\0\0\0\0\0\0", "GGUF"),
+        (b"PK\x03\x04\0\0\0\0\0\0", "zip archive, perhaps a PyTorch pickle"),
+        (b"\x80\x02}q\0X\0\0\0\0", "pickle"),
+        (b'{"error": "Repository not found"}', "bare JSON"),
+        (b"\0" * 4096, "never completed"),
+    ],
+)
+def test_likely_cause_is_named(tmp_path: Path, content: bytes, cause: str) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    for strict in (True, False):
+        with pytest.raises(FormatError, match=cause):
+            read_header(path, strict=strict)
+
+
+def test_only_regular_files(tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "socket"))
+        odd = [fifo, tmp_path, Path("/dev/zero"), loop, tmp_path / "socket", tmp_path / "missing", "a\0b"]
+        for path in odd:
+            with pytest.raises(FormatError) as caught:
+                read_header(path, strict=False)
+            assert str(path).replace("\0", r"\x00") in str(caught.value)
+
+
+def test_memory_is_bounded_by_the_header(tensor_file: Callable[..., Path]) -> None:
+    path = tensor_file(text(GOOD) + b" " * (-len(text(GOOD)) % 8), DATA)
+    os.truncate(path, 1 << 40)  # sparse
+    tracemalloc.start()
+    with pytest.raises(FormatError, match="bytes after the last tensor"):
+        read_header(path, strict=True)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
+
+
+def test_too_many_tensors(tensor_file: Callable[..., Path]) -> None:
+    header = {f"t{i}": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for i in range(MAX_TENSORS + 1)}
+    with pytest.raises(FormatError, match=f"too many tensors, expected at most {MAX_TENSORS}"):
+        read_header(tensor_file(header), strict=False)
+
+
+def test_encode_header_is_read_back(tmp_path: Path) -> None:
+    entries = [
+        TensorEntry("x.weight", "BF16", (2, 3), 4096, 4108),
+        TensorEntry("scalar", "U8", (), 4108, 4109),
+    ]
+    metadata = {"format": "pt", "text": 'quotes " and \N{SNOWMAN}'}
+    path = tmp_path / "x.nf4"
+    path.write_bytes(encode_header(metadata, entries, 4096) + bytes(13))
+    header = read_header(path, strict=True)
+    assert list(header.entries.values()) == entries
+    assert header.metadata == metadata
+    assert (header.data_start, header.file_bytes) == (4096, 4109)
+    with safetensors.safe_open(path, "np") as other:
+        assert other.metadata() == metadata
+    with pytest.raises(ValueError, match="does not fit"):
+        encode_header(metadata, entries, 64)
+
+
+NUMBERS = [0, 1, 2, 3, 4, 8, 12, 16, 19, 20, -1, 1 << 31, 1 << 40, 1 << 63, 1 << 64, 1.0, True, None, "3", []]
+DTYPES = ["F32", "U8", "I8", "BF16", "F4", "F64", "BOOL", "F8_E4M3", "f32", "", None]
+KEYS = ["a", "b", "c", "", "a b", "../a", "a\0", "\u00e9", "__metadata__", "dtype", "shape", "data_offsets"]
+METADATA = [{}, {"x": "y"}, {"x": 1}, None, [], {"x": "\ud800"}]
+PIECES = [b" ", b"0", b"1", b",", b'"', b"\n", b"\0", b"\\u0061", b"{}", b"-"]
+
+
+def mutated_structure(rng: random.Random) -> dict[str, Any]:
+    """A good header with 0 to 2 changes of names, fields, values or order."""
+    header = json.loads(text(GOOD))
+    header["z"] = {"dtype": "F16", "shape": [0, 5], "data_offsets": [16, 16]}
+    header["b"] = header.pop("b")  # last again: data order
+    for _ in range(rng.randrange(3)):
+        name = rng.choice(["a", "b", "z"])
+        entry = header.get(name)
+        if not isinstance(entry, dict):
+            continue
+        change = rng.choice(
+            ["dtype", "shape", "data_offsets", "rename", "drop", "extra", "metadata", "shuffle"]
+        )
+        if change == "dtype":
+            entry["dtype"] = rng.choice(DTYPES)
+        elif change in ("shape", "data_offsets") and isinstance(entry.get(change), list) and entry[change]:
+            entry[change][rng.randrange(len(entry[change]))] = rng.choice(NUMBERS)
+        elif change == "rename":
+            header[rng.choice(KEYS)] = header.pop(name)
+        elif change == "drop":
+            entry.pop(rng.choice(list(entry)), None)
+        elif change == "extra":
+            entry[rng.choice(KEYS)] = rng.choice(NUMBERS)
+        elif change == "metadata":
+            header["__metadata__"] = rng.choice(METADATA)
+        elif change == "shuffle":
+            header = dict(rng.sample(list(header.items()), len(header)))
+    return header
+
+
+def mutants(seed: int, count: int) -> Iterator[bytes]:
+    """Whole files: a good one, changed in its structure, its text, its length field or its data."""
+    rng = random.Random(seed)
+    for _ in range(count):
+        body = bytearray(text(mutated_structure(rng)))
+        for _ in range(rng.choice([0, 0, 0, 1, 2])):
+            at = rng.randrange(len(body))
+            change = rng.randrange(4)
+            if change == 0:
+                body[at] ^= 1 << rng.randrange(8)
+            elif change == 1:
+                del body[at : at + rng.randrange(1, 4)]
+            else:
+                body[at:at] = rng.choice(PIECES) if change == 2 else body[at : at + rng.randrange(40)]
+        body += rng.choice([b" " * (-len(body) % 8)] * 6 + [b"", b"\n", b" \t"])
+        data = DATA[: rng.choice([19, 19, 19, 19, 18, 16, 0])] + rng.choice([b"", b"", b"", b"", b"\0"])
+        length = len(body) + rng.choice([0] * 20 + [1, -1, 8, 1 << 20, 1 << 63])
+        yield struct.pack("<Q", length) + bytes(body) + data
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_what_we_accept_safetensors_accepts_equally(strict: bool) -> None:
+    fd = os.memfd_create("mutant")
+    accepted = 0
+    try:
+        for mutant in mutants(seed=7, count=10_000):
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, mutant, 0)
+            try:
+                header = read_header(fd, strict=strict, name="mutant")
+            except FormatError:
+                continue
+            accepted += 1
+            theirs = dict(safetensors.deserialize(mutant))
+            assert theirs.keys() == header.entries.keys(), mutant
+            for name, entry in header.entries.items():
+                tensor = theirs[name]
+                assert tensor["dtype"] == entry.dtype, mutant
+                assert tensor["shape"] == list(entry.shape), mutant
+                assert bytes(tensor["data"]) == mutant[entry.begin : entry.end], mutant
+    finally:
+        os.close(fd)
+    assert accepted > (300 if strict else 1000)
+
+
+# The cases of JSON parsing test suites that a lenient parser lets through, as a value in the metadata.
+@pytest.mark.parametrize(
+    "value",
+    [
+        b"'x'",
+        b'"\\x41"',
+        b'"\\u12"',
+        b'"\\"',
+        b'"\x1f"',
+        b'"a" "b"',
+        b'"\\ud83d"',
+        b'"\\ud83d\\u0041"',
+        b'"\xf4\x90\x80\x80"',
+        b'"\xc0\xaf"',
+        b'"',
+        b"",
+        b"tru",
+        b"+1",
+        b".5",
+        b"0x10",
+        b"01",
+        b"1.",
+        b"1e",
+        b"Infinity",
+    ],
+)
+def test_lenient_json_is_refused(tensor_file: Callable[..., Path], value: bytes) -> None:
+    header = text(GOOD).replace(b'"pt"', value)
+    path = tensor_file(header, DATA)
+    with pytest.raises(FormatError):
+        read_header(path, strict=False)
+    with pytest.raises(safetensors.SafetensorError):
+        safetensors.deserialize(path.read_bytes())
+
+
+def test_escapes_that_are_fine(tensor_file: Callable[..., Path]) -> None:
+    header = text(GOOD).replace(b'"pt"', b'"\\ud83d\\ude00 \\\\ud800 \\u00e9 \xc3\xa9"')
+    assert read_header(tensor_file(header, DATA), strict=False).metadata["format"] == (
+        "\N{GRINNING FACE} \\ud800 \u00e9 \u00e9"
+    )
