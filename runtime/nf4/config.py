@@ -26,7 +26,7 @@ MAX_POSITIONS = 1 << 31
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3.1's scaling of rotary frequencies (`rope_type` "llama3"); `decoder.rotary_frequencies` applies it."""
+    """Llama 3.1's scaling of rotary frequencies (`rope_type` "llama3"); see `decoder.rotary_frequencies`."""
 
     factor: float
     low_freq_factor: float

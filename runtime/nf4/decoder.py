@@ -255,9 +255,9 @@ def attention_bias(
 ) -> Tensor | None:
     """Which keys each query sees, bool [B or 1, 1, T, S], or None where plain causal attention does.
 
-    None, where no window or padding is in force, means: the queries are all the tokens there are (causal), or one
-    query sees all keys. Padding on the right alone needs no mask, as no real token looks to its right; what
-    padding rows then compute is never used.
+    None, where no window or padding is in force, means: the queries are all the tokens there are (causal), or
+    one query sees all keys. Padding on the right alone needs no mask, as no real token looks to its right;
+    what padding rows then compute is never used.
     """
     total = past + new
     if window is not None and total <= window:
