@@ -148,7 +148,7 @@ def count_experts(config: Mapping[str, Any]) -> int | None:
 def group_of(name: str) -> str:
     """The layer group a tensor is counted in: q_proj, down_proj, experts.gate_up_proj ..."""
     path = parse_name(name)
-    parts = [part for part in path.module.split(".") if not part.isdigit()]
+    parts = [part for part in path.module.split(".") if part and not part.isdigit()]
     if path.attribute != "weight":
         parts.append(path.attribute)
     if not parts:

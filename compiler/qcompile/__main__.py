@@ -1,0 +1,5 @@
+"""`python -m qcompile` is the command qcompile."""
+
+from .cli import main
+
+main()
