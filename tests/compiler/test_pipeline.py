@@ -37,7 +37,7 @@ def _bytes(tensor: torch.Tensor) -> bytes:
 
 
 def _check_against_bitsandbytes(model: Path, out: Path) -> int:
-    """Codes are bitsandbytes' own, it decodes ours alike, kept bytes are unchanged; number of codes compared."""
+    """Codes are bitsandbytes' own, it decodes ours alike, kept bytes are unchanged; how many codes."""
     functional = pytest.importorskip("bitsandbytes.functional")
     compared = differing = 0
     with Nf4File.open(out) as packed_file, safe_open(out, "pt") as peer:
