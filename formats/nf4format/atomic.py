@@ -145,7 +145,7 @@ class AtomicDirectory:
     """A directory filled under a temporary name and put in place at the end of the `with` block.
 
     The block receives the temporary directory's Path. An existing directory is replaced only with
-    `replace=True` (or if it is empty), by an atomic exchange where the kernel has one. Its entries that the new
+    `replace=True` (or if it is empty), by an atomic exchange where the kernel has one. Entries that the new
     directory lacks are carried over, never deleted: files by hard link before the exchange, directories by a
     rename just after it.
 

@@ -135,7 +135,7 @@ def header_json(metadata: Mapping[str, str], entries: Iterable[TensorEntry], dat
 
 
 def valid_name(name: str) -> bool:
-    """Whether `name` may name a tensor: 1 to 255 of some printable ASCII characters, no `..`, no leading `/`."""
+    """Whether `name` may name a tensor: 1 to 255 of some ASCII characters, no `..`, no `/` first."""
     return _NAME.fullmatch(name) is not None
 
 
@@ -266,7 +266,7 @@ def _entry(tensor: str, value: Any, data_start: int, strict: bool) -> TensorEntr
 
 
 def _check_fields(value: dict[str, Any], strict: bool) -> None:
-    """The fields of an entry are not just the three: missing ones never pass, unknown ones in source files."""
+    """The fields of an entry are not just the three: unknown ones pass in source files only."""
     missing, unknown = _FIELDS - value.keys(), value.keys() - _FIELDS
     if missing:
         raise ValueError(f"no {min(missing)} in its entry")
@@ -277,7 +277,7 @@ def _check_fields(value: dict[str, Any], strict: bool) -> None:
 
 
 def _integers(values: list[Any]) -> bool:
-    return all([type(value) is int for value in values])  # a list: faster than a generator on so few
+    return set(map(type, values)) <= {int}  # bool is a subclass, not the type
 
 
 def _short(value: Any) -> str:

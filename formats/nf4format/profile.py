@@ -1,4 +1,4 @@
-"""The profile of a .nf4 file: what its tensors and metadata mean; every constant that kernels trust is checked."""
+"""The profile of a .nf4 file: what its tensors and metadata mean; all that kernels trust is checked."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 import os
 import struct
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final, Literal, Protocol
@@ -35,6 +35,7 @@ from .header import TensorEntry
 SUMS_NAME: Final = "__nf4__.sums"
 MAGIC: Final = b"NF4SUMS1"
 CHUNK_BYTES: Final = 4 << 20  # large enough for full speed, small enough to name the damage
+_REMEDY: Final = "fetch the file again or compile it again"
 _FIXED: Final = struct.Struct("<8s5Q")
 _SUM: Final = struct.Struct("<Q")
 
@@ -112,7 +113,19 @@ def compute_sums(
     chunks, files = _ranges(layout, begin)
     if header is None:
         header = pread_exactly(fd, layout.data_start, 0, "")
-    numbers = list(_hash_ranges(fd, [*chunks, *files], threads, "", progress))
+    return encode_sums(layout, header, list(_hash_ranges(fd, [*chunks, *files], threads, "", progress)))
+
+
+def encode_sums(layout: HasEntries, header: bytes, numbers: Sequence[int]) -> bytes:
+    """The table from the sums of the chunks and then of the embedded files.
+
+    Raises:
+        ValueError: not as many sums as the layout has chunks and files.
+    """
+    begin = _sums_begin(layout)
+    chunks, files = _ranges(layout, begin)
+    if len(numbers) != len(chunks) + len(files):
+        raise ValueError(f"expected {len(chunks) + len(files)} sums, got {len(numbers)}")
     fixed = _FIXED.pack(MAGIC, CHUNK_BYTES, begin - layout.data_start, len(chunks), len(files), xxh3(header))
     body = fixed + struct.pack(f"<{len(numbers)}Q", *numbers)
     return body + _SUM.pack(xxh3(body))
@@ -126,24 +139,25 @@ def read_sums(fd: int, layout: HasEntries, name: str | os.PathLike[str]) -> byte
     """
     tensor = next(reversed(layout.entries), "")
     if tensor != SUMS_NAME:
-        raise FormatError(
-            name, "the last tensor is not the table of sums", expected=SUMS_NAME, got=ascii(tensor)[:120]
-        )
+        problem = "the last tensor is not the table of sums"
+        raise FormatError(name, problem, expected=SUMS_NAME, got=ascii(tensor)[:120], remedy=_REMEDY)
     begin = _sums_begin(layout)
     chunks, files = _ranges(layout, begin)
     expected = sums_bytes(begin - layout.data_start, len(files))
     if layout.file_bytes - begin != expected:
         problem = "the table of sums has a wrong size"
-        raise FormatError(name, problem, tensor=tensor, expected=expected, got=layout.file_bytes - begin)
+        raise FormatError(
+            name, problem, tensor=tensor, expected=expected, got=layout.file_bytes - begin, remedy=_REMEDY
+        )
     table = pread_exactly(fd, expected, begin, name)
     fields = _FIXED.unpack_from(table)
     counts = (MAGIC, CHUNK_BYTES, begin - layout.data_start, len(chunks), len(files))
     if fields[0] != MAGIC or xxh3(table[: -_SUM.size]) != _SUM.unpack(table[-_SUM.size :])[0]:
         damage = Damage("sums", (tensor,), begin, layout.file_bytes)
-        raise FormatError(name, str(damage), remedy="fetch the file again or compile it again")
+        raise FormatError(name, str(damage), remedy=_REMEDY)
     if fields[:5] != counts:
         problem = "the table of sums belongs to another file"
-        raise FormatError(name, problem, tensor=tensor, expected=counts[1:], got=fields[1:5])
+        raise FormatError(name, problem, tensor=tensor, expected=counts[1:], got=fields[1:5], remedy=_REMEDY)
     return table
 
 

@@ -21,7 +21,7 @@ CONFIG = b'{"model_type": "llama", "hidden_size": 64}'
 FILES = {"config.json": CONFIG, "tokenizer.json": b'{"model": {"type": "BPE"}}'}
 PACKED = (
     PackedSpec("model.layers.0.q_proj.weight", (128, 96), "bfloat16"),
-    PackedSpec("model.layers.0.ragged.weight", (7, 19), "float16"),  # 133 elements: odd, and a short last block
+    PackedSpec("model.layers.0.ragged.weight", (7, 19), "float16"),  # odd count, short last block
     PackedSpec("model.layers.0.experts.weight", (2, 64, 192), "float32"),
 )
 KEPT = (
@@ -31,6 +31,7 @@ KEPT = (
     KeptSpec("scalar", "F64", ()),
     KeptSpec("flags", "BOOL", (5,)),
 )
+ALIASES = {"lm_head.weight": "model.embed_tokens.weight"}
 
 
 @pytest.fixture
@@ -43,13 +44,13 @@ def pack(tmp_path: Path) -> Callable[..., Path]:
         packed: Sequence[PackedSpec] = PACKED,
         kept: Sequence[KeptSpec] = KEPT,
         files: Mapping[str, bytes] = FILES,
-        aliases: Mapping[str, str] | None = None,
+        aliases: Mapping[str, str] = ALIASES,
         overrides: Mapping[str, bytes] | None = None,
         seed: int = 0,
     ) -> Path:
         """`overrides`: tensor name -> the bytes to store instead of valid ones."""
         metadata = {
-            "nf4.aliases": json.dumps(dict(aliases or {"lm_head.weight": "model.embed_tokens.weight"})),
+            "nf4.aliases": json.dumps(dict(aliases)),
             "nf4.config_sha256": config_sha256(files["config.json"]),
             "nf4.options": "{}",
             "nf4.producer": "tests",
@@ -96,11 +97,11 @@ def random_content(layout: Layout, files: Mapping[str, bytes], seed: int) -> dic
 def tensor_file(tmp_path: Path) -> Callable[..., Path]:
     """A function that writes a safetensors file from raw pieces: a header (object or text) and data."""
 
-    def build(header: Any, data: bytes = b"", name: str = "model.safetensors", length: int | None = None) -> Path:
+    def build(header: Any, data: bytes = b"", name: str = "model.safetensors", length: int = -1) -> Path:
         text = header if isinstance(header, bytes) else json.dumps(header, separators=(",", ":")).encode()
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
+        path.write_bytes(struct.pack("<Q", len(text) if length < 0 else length) + text + data)
         return path
 
     return build

@@ -1,0 +1,429 @@
+"""Well-formed safetensors files, sums included, that are not .nf4 files: each refused for its own reason."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors
+
+from nf4format.codebook import NESTED_MAP, NF4_LEVELS
+from nf4format.container import Nf4File, config_sha256
+from nf4format.dtypes import element_bytes
+from nf4format.errors import FormatError
+from nf4format.header import Header, TensorEntry, encode_header, header_json, read_header
+from nf4format.layout import PAGE, QUANT_STATE
+from nf4format.sums import SUMS_NAME, compute_sums, encode_sums, sums_bytes
+
+X = "model.layers.0.ragged.weight"  # float16 [7, 19]: 133 elements, 67 bytes of codes, 3 blocks
+STATE = X + QUANT_STATE
+
+
+@dataclass
+class Tensor:
+    dtype: str
+    shape: list[int]
+    data: bytes
+
+
+class Draft:
+    """A .nf4 file taken apart: change `tensors` and `metadata`, then write it with fresh offsets and sums."""
+
+    def __init__(self, path: Path) -> None:
+        content = path.read_bytes()
+        header = read_header(path, strict=True)
+        self.metadata = dict(header.metadata)
+        self.tensors = {
+            name: Tensor(entry.dtype, list(entry.shape), content[entry.begin : entry.end])
+            for name, entry in header.entries.items()
+        }
+        self.page = PAGE
+        self.fresh_sums = True
+
+    def state(self, **changes: object) -> None:
+        """Change fields of the quant_state; a field set to ... is removed."""
+        fields = json.loads(self.tensors[STATE].data) | changes
+        self.state_text(
+            json.dumps({key: value for key, value in fields.items() if value is not ...}).encode()
+        )
+
+    def state_text(self, text: bytes) -> None:
+        self.tensors[STATE] = Tensor("U8", [len(text)], text)
+
+    def move(self, name: str, before: str) -> None:
+        tensor = self.tensors.pop(name)
+        items = list(self.tensors.items())
+        at = list(self.tensors).index(before)
+        self.tensors = dict([*items[:at], (name, tensor), *items[at:]])
+
+    def rename(self, old: str, new: str) -> None:
+        self.tensors = {new if name == old else name: tensor for name, tensor in self.tensors.items()}
+
+    def write(self, path: Path) -> None:
+        self.tensors = with_pads(self.tensors)
+        if self.fresh_sums and SUMS_NAME in self.tensors:
+            before = [tensor for name, tensor in self.tensors.items() if name != SUMS_NAME]
+            files = sum(name.startswith("__file__/") for name in self.tensors)
+            size = sums_bytes(sum(len(tensor.data) for tensor in before), files)
+            self.tensors[SUMS_NAME] = Tensor("U8", [size], bytes(size))
+        entries, position = [], 0
+        for name, tensor in self.tensors.items():
+            shape = tuple(tensor.shape)
+            entries.append(TensorEntry(name, tensor.dtype, shape, position, position + len(tensor.data)))
+            position += len(tensor.data)
+        start = -(-(8 + len(header_json(self.metadata, entries, 0))) // self.page) * self.page
+        moved = [TensorEntry(e.name, e.dtype, e.shape, e.begin + start, e.end + start) for e in entries]
+        text = encode_header(self.metadata, moved, start)
+        path.write_bytes(text + b"".join(tensor.data for tensor in self.tensors.values()))
+        if self.fresh_sums and list(self.tensors)[-1] == SUMS_NAME:
+            header = Header({e.name: e for e in moved}, self.metadata, start, start + position)
+            with path.open("r+b") as file:
+                table = compute_sums(file.fileno(), header)
+                os.pwrite(file.fileno(), table, moved[-1].begin)
+
+
+def with_pads(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Pads wherever a changed size would leave what follows misaligned."""
+    padded: dict[str, Tensor] = {}
+    position = 0
+    for name, tensor in tensors.items():
+        gap = -position % element_bytes(tensor.dtype)
+        if gap:
+            padded[f"__pad__.9{len(padded)}"] = Tensor("U8", [gap], bytes(gap))
+        padded[name] = tensor
+        position += gap + len(tensor.data)
+    return padded
+
+
+def floats(*values: float) -> Tensor:
+    return Tensor("F32", [len(values)], np.array(values, np.float32).tobytes())
+
+
+def altered(table: np.ndarray, index: int, value: float) -> Tensor:
+    changed = table.copy()
+    changed[index] = value
+    return floats(*changed)
+
+
+def metadata(**changes: str | None) -> Callable[[Draft], None]:
+    def edit(draft: Draft) -> None:
+        for key, value in changes.items():
+            if value is None:
+                del draft.metadata["nf4." + key]
+            else:
+                draft.metadata["nf4." + key] = value
+
+    return edit
+
+
+def store(name: str, tensor: Tensor) -> Callable[[Draft], None]:
+    """Replace a tensor, or add one in front of the embedded files."""
+
+    def edit(draft: Draft) -> None:
+        known = name in draft.tensors
+        draft.tensors[name] = tensor
+        if not known:
+            draft.move(name, before="__file__/config.json")
+
+    return edit
+
+
+def state(**changes: object) -> Callable[[Draft], None]:
+    return lambda draft: draft.state(**changes)
+
+
+def state_text(change: Callable[[bytes], bytes]) -> Callable[[Draft], None]:
+    return lambda draft: draft.state_text(change(draft.tensors[STATE].data))
+
+
+def config(text: bytes, *, honest: bool = True) -> Callable[[Draft], None]:
+    def edit(draft: Draft) -> None:
+        draft.tensors["__file__/config.json"] = Tensor("U8", [len(text)], text)
+        if honest:
+            draft.metadata["nf4.config_sha256"] = config_sha256(text)
+
+    return edit
+
+
+def without(name: str) -> Callable[[Draft], None]:
+    def edit(draft: Draft) -> None:
+        del draft.tensors[name]
+
+    return edit
+
+
+def sums_tensor(change: Callable[[bytes], bytes]) -> Callable[[Draft], None]:
+    def edit(draft: Draft) -> None:
+        draft.fresh_sums = False
+        data = change(draft.tensors[SUMS_NAME].data)
+        draft.tensors[SUMS_NAME] = Tensor("U8", [len(data)], data)
+
+    return edit
+
+
+def unordered(draft: Draft) -> None:
+    draft.metadata = {"nf4.version": "1", **draft.metadata}
+
+
+def small_page(draft: Draft) -> None:
+    draft.page = 64
+
+
+# id -> (edit, pattern of the message)
+BAD: dict[str, tuple[Callable[[Draft], None], str]] = {
+    "version missing": (metadata(version=None), "no nf4.version .* ordinary safetensors.*; compile"),
+    "version 2": (metadata(version="2"), "expected '1', got '2'; the file needs a newer reader"),
+    "version 0": (metadata(version="0"), "expected '1', got '0'"),
+    "version empty": (metadata(version=""), "expected '1', got ''"),
+    "blocksize 0": (metadata(blocksize="0"), "metadata nf4.blocksize, expected '64', got '0'"),
+    "blocksize 2^31": (metadata(blocksize="2147483648"), "nf4.blocksize, expected '64'"),
+    "alignment 3": (metadata(align="3"), "nf4.align, expected '4096', got '3'"),
+    "alignment missing": (metadata(align=None), "nf4.align, expected '4096', got None"),
+    "metadata out of order": (unordered, "metadata keys are out of order"),
+    "source hash missing": (
+        metadata(source_sha256=None),
+        "nf4.source_sha256, expected 64 hex digits, got None",
+    ),
+    "config hash upper case": (metadata(config_sha256="A" * 64), "nf4.config_sha256, expected 64 hex"),
+    "data not on a page": (small_page, "the data region is misaligned, expected a multiple of 4096"),
+    "sums missing": (without(SUMS_NAME), f"expected {SUMS_NAME}, got '__file__/tokenizer.json'"),
+    "sums not last": (lambda d: d.move(SUMS_NAME, before="__file__/config.json"), "not the table of sums"),
+    "sums too short": (
+        sums_tensor(lambda data: data[:-8]),
+        f"'{SUMS_NAME}': .* a wrong size, expected .* got",
+    ),
+    "sums zero": (sums_tensor(lambda data: bytes(len(data))), "the table of sums is damaged"),
+    "codes missing": (without(X), "'.*ragged.weight': its companion '.*ragged.weight' is missing"),
+    "absmax missing": (
+        without(X + ".absmax"),
+        "'.*ragged.weight': its companion '.*weight.absmax' is missing",
+    ),
+    "nested map missing": (without(X + ".nested_quant_map"), "companion '.*nested_quant_map' is missing"),
+    "codes flat": (store(X, Tensor("U8", [67], bytes(67))), r"expected U8 \[bytes, 1\], got U8 \[67\]"),
+    "codes I8": (
+        store(X, Tensor("I8", [67, 1], bytes(67))),
+        r"'.*ragged.weight': not the codes .* I8 \[67, 1\]",
+    ),
+    "codes empty": (store(X, Tensor("U8", [0, 1], b"")), "not the codes of a weight"),
+    "absmax off by one": (
+        store(X + ".absmax", Tensor("U8", [4], bytes(4))),
+        r"absmax'.*expected U8 \[3\], got U8 \[4",
+    ),
+    "absmax F32": (store(X + ".absmax", floats(1, 2, 3)), r"expected U8 \[3\], got F32 \[3\]"),
+    "nested absmax off by one": (
+        store(X + ".nested_absmax", floats(1, 2)),
+        r"expected F32 \[1\], got F32 \[2\]",
+    ),
+    "nested absmax NaN": (
+        store(X + ".nested_absmax", floats(np.nan)),
+        "nested_absmax': not a scale.* got nan",
+    ),
+    "nested absmax infinite": (store(X + ".nested_absmax", floats(np.inf)), "not a scale.* got inf"),
+    "nested absmax negative": (store(X + ".nested_absmax", floats(-1)), "not a scale.* got -1.0"),
+    "scales overflow": (
+        lambda d: (
+            store(X + ".nested_absmax", floats(3e38))(d),
+            d.state(nested_offset=float(np.float32(2e38))),
+        ),
+        "its scales overflow fp32, got 4.99",
+    ),
+    "quant map of 15": (
+        store(X + ".quant_map", floats(*NF4_LEVELS[:15])),
+        r"expected F32 \[16\], got F32 \[15\]",
+    ),
+    "quant map altered": (
+        store(X + ".quant_map", altered(NF4_LEVELS, 3, -0.4)),
+        "not the quant_map of NF4, got -0.4.* at 3 instead of -0.39",
+    ),
+    "quant map NaN": (store(X + ".quant_map", altered(NF4_LEVELS, 3, np.nan)), "not the quant_map of NF4"),
+    "nested map altered": (
+        store(X + ".nested_quant_map", altered(NESTED_MAP, 255, 2.0)),
+        "not the nested_quant_map of NF4, got 2.0 at 255 instead of 1.0",
+    ),
+    "state not JSON": (state_text(lambda text: text[:-60]), "quant_state.bitsandbytes__nf4': not JSON"),
+    "state padded with NUL": (state_text(lambda text: text.rstrip() + bytes(9)), "not JSON"),
+    "state not an object": (state_text(lambda text: b"[]"), "expected a JSON object, got list"),
+    "state duplicate key": (
+        state_text(lambda text: b'{"blocksize": 64, ' + text[1:]),
+        "'blocksize' appears twice",
+    ),
+    "state too long": (state_text(lambda text: text + b" " * 4096), "expected U8 of at most 4096 bytes"),
+    "state extra key": (state(extra=1), "its keys, expected quant_type, .* got .*extra"),
+    "state missing key": (state(nested_dtype=...), "its keys"),
+    "state other type": (state(quant_type="fp4"), "quant_type, expected 'nf4', got 'fp4'"),
+    "state blocksize 0": (state(blocksize=0), "blocksize, expected 64, got 0"),
+    "state blocksize 63": (state(blocksize=63), "blocksize, expected 64, got 63"),
+    "state blocksize float": (state(blocksize=64.0), "blocksize, expected 64, got 64.0"),
+    "state nested blocksize 2^31": (
+        state(nested_blocksize=1 << 31),
+        "nested_blocksize, expected 256, got 2147483648",
+    ),
+    "state dtype": (state(dtype="int8"), "dtype, expected float32 or bfloat16 or float16, got 'int8'"),
+    "state dtype list": (state(dtype=["float16"]), "dtype, expected"),
+    "state shape too small": (state(shape=[7, 18]), r"shape \[7, 18\] does not fit 67 bytes of codes"),
+    "state shape negative": (state(shape=[-7, -19]), "expected dimensions from 0"),
+    "state shape float": (state(shape=[7.0, 19]), "shape, expected a list of integers"),
+    "state shape bool": (state(shape=[True, 133]), "shape, expected a list of integers"),
+    "state shape huge": (state(shape=[1 << 40, 1 << 40]), "at most .* elements"),
+    "state shape empty": (state(shape=[0, 19]), "an empty weight"),
+    "state rank 9": (state(shape=[7, 19, *[1] * 7]), "at most 8 dimensions"),
+    "offset not fp32": (state(nested_offset=0.1), "nested_offset, expected a finite fp32 value, got 0.1"),
+    "offset integer": (state(nested_offset=0), "nested_offset, expected a finite fp32 value, got 0"),
+    "offset string": (state(nested_offset="0.5"), "nested_offset, expected a finite fp32 value"),
+    "offset above fp32": (state(nested_offset=1e300), "nested_offset, expected a finite fp32 value"),
+    "offset NaN": (state(nested_offset=float("nan")), "NaN is not JSON"),
+    "offset infinite": (
+        state_text(lambda text: text.replace(b'"nested_offset": ', b'"nested_offset": 1e999, "x": ')),
+        "out of range",
+    ),
+    "pad not zero": (
+        lambda d: d.rename("flags", "__pad__.7"),
+        "'__pad__.7': one dimension of U8|expected one dim",
+    ),
+    "pad with a program": (
+        store("__pad__.7", Tensor("U8", [5], b"\x7fELF\0")),
+        "a pad holds bytes other than zero",
+    ),
+    "pad of 2 MB": (
+        store("__pad__.7", Tensor("U8", [1 << 21], bytes(1 << 21))),
+        "not a pad, expected 1 to 4095",
+    ),
+    "pad without number": (store("__pad__.x", Tensor("U8", [5], bytes(5))), "'__pad__.x': not a pad"),
+    "unknown reserved name": (store("__nf4__.flags", Tensor("U8", [5], bytes(5))), "version 1 does not have"),
+    "file not on the list": (store("__file__/setup.py", Tensor("U8", [5], b"pass\n")), "may be embedded"),
+    "file outside": (store("__file__/.ssh/authorized_keys", Tensor("U8", [1], b"k")), "may be embedded"),
+    "file too large": (
+        store("__file__/chat_template.jinja", Tensor("U8", [(4 << 20) + 1], bytes((4 << 20) + 1))),
+        "'__file__/chat_template.jinja': too large, expected at most 4194304 bytes, got 4194305",
+    ),
+    "config missing": (without("__file__/config.json"), "no embedded config.json"),
+    "config changed": (config(b"{}", honest=False), "config.json': does not match nf4.config_sha256"),
+    "config not JSON": (config(b"{hidden_size: 64}"), "config.json': not JSON at character 1"),
+    "config with NaN": (config(b'{"rope_theta": NaN}'), "NaN is not JSON"),
+    "config a list": (config(b"[]"), "expected a JSON object, got list"),
+    "config nested 10^4": (config(b"[" * 10_000 + b"]" * 10_000), "deeper than 64"),
+    "aliases not JSON": (metadata(aliases="{"), "metadata nf4.aliases: not JSON"),
+    "alias of nothing": (
+        metadata(aliases='{"a": "nothing"}'),
+        "'a': metadata nf4.aliases: no such tensor.*'nothing'",
+    ),
+    "alias of a companion": (metadata(aliases=json.dumps({"a": X + ".absmax"})), "no such tensor to share"),
+    "alias of a stored name": (
+        metadata(aliases='{"flags": "steps"}'),
+        "'flags': metadata .* not a free name",
+    ),
+    "alias as path": (metadata(aliases='{"../a": "steps"}'), "not a free name"),
+    "alias of a number": (metadata(aliases='{"a": 5}'), "no such tensor to share, got 5"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_refused(pack: Callable[..., Path], tmp_path: Path, case: str) -> None:
+    edit, pattern = BAD[case]
+    draft = Draft(pack())
+    edit(draft)
+    path = tmp_path / "bad.nf4"
+    draft.write(path)
+    safetensors.safe_open(path, "np")  # nothing is wrong with it as a safetensors file
+    with pytest.raises(FormatError, match=pattern) as caught:
+        Nf4File.open(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+    assert "; " in str(caught.value)
+
+
+def test_unchanged_draft_is_accepted(pack: Callable[..., Path], tmp_path: Path) -> None:
+    """The table above proves nothing if a rewritten file were refused anyway."""
+    path = pack()
+    draft = Draft(path)
+    draft.write(tmp_path / "same.nf4")
+    assert (tmp_path / "same.nf4").read_bytes() == path.read_bytes()
+    draft.tensors[X + ".nested_absmax"] = floats(0.0)  # a zero scale is legal
+    draft.state(nested_offset=-0.5)  # so are negative ones
+    draft.write(tmp_path / "legal.nf4")
+    with Nf4File.open(tmp_path / "legal.nf4") as file:
+        assert file.packed(X).nested_offset == -0.5
+
+
+def test_other_maps_only_when_allowed(pack: Callable[..., Path], tmp_path: Path) -> None:
+    draft = Draft(pack())
+    draft.tensors[X + ".quant_map"] = altered(NF4_LEVELS, 3, -0.4)
+    draft.write(tmp_path / "map.nf4")
+    with Nf4File.open(tmp_path / "map.nf4", allow_maps=True) as file:
+        assert file.packed(X).quant_map[3] == np.float32(-0.4)
+    draft.tensors[X + ".quant_map"] = altered(NF4_LEVELS, 3, np.inf)
+    draft.write(tmp_path / "map.nf4")
+    with pytest.raises(FormatError, match="quant_map': not the quant_map of NF4"):
+        Nf4File.open(tmp_path / "map.nf4", allow_maps=True)
+
+
+def test_table_of_another_layout(pack: Callable[..., Path]) -> None:
+    """A table that is sound in itself, but counts other chunks."""
+    path = pack()
+    header = read_header(path, strict=True)
+    table = bytearray(path.read_bytes()[header.entries[SUMS_NAME].begin :])
+    other = Header(
+        {"x": TensorEntry("x", "U8", (5,), 0, 5), SUMS_NAME: TensorEntry(SUMS_NAME, "U8", (0,), 5, 5)},
+        {},
+        0,
+        5,
+    )
+    foreign = encode_sums(other, b"", [0])
+    with path.open("r+b") as file:
+        file.seek(header.entries[SUMS_NAME].begin)
+        assert len(foreign) < len(table)
+        file.write(foreign)
+    with pytest.raises(FormatError, match="the table of sums"):
+        Nf4File.open(path)
+
+
+def test_random_edits_are_refused_or_harmless(pack: Callable[..., Path], tmp_path: Path) -> None:
+    """Structure-aware mutations with fresh sums: a typed error, or a file whose every weight can be read."""
+    rng = random.Random(5)
+    good = pack()
+    path = tmp_path / "mutant.nf4"
+    accepted = 0
+    for _ in range(400):
+        draft = Draft(good)
+        names = list(draft.tensors)
+        for _ in range(rng.choice([1, 1, 2])):
+            name = rng.choice(names)
+            if name not in draft.tensors:
+                continue
+            tensor = draft.tensors[name]
+            change = rng.randrange(6)
+            if change == 0:
+                draft.rename(
+                    name, rng.choice([name + ".absmax", X + "2", "__pad__.9", "__file__/merges.txt"])
+                )
+            elif change == 1:
+                del draft.tensors[name]
+            elif change == 2 and tensor.data:
+                data = bytearray(tensor.data)
+                data[rng.randrange(len(data))] = rng.randrange(256)
+                tensor.data = bytes(data)
+            elif change == 3:
+                tensor.shape = [*tensor.shape, 1]
+            elif change == 4:
+                draft.move(name, before=rng.choice([other for other in draft.tensors if other != name]))
+            else:
+                key = rng.choice(list(draft.metadata))
+                draft.metadata[key] = rng.choice(["", "1", "{}", "64", draft.metadata[key] + " "])
+        draft.write(path)
+        try:
+            file = Nf4File.open(path)
+        except FormatError:
+            continue
+        accepted += 1
+        with file, safetensors.safe_open(path, "np") as other:
+            assert set(other.keys()) == set(file.header.entries)
+            for name in file.packed_names:
+                assert file.packed(name).codes.size == (file.packed(name).size + 1) // 2
+            assert file.verify() == []
+    assert 50 < accepted < 350
