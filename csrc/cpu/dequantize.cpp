@@ -13,10 +13,6 @@ namespace {
 
 constexpr int64_t kTaskBlocks = 1024;  // 32 KiB of codes: enough to outweigh handing out a task
 
-// An output beyond this does not fit in a last-level cache beside other data: bypass it, and save the reads
-// that fill cache lines before they are overwritten.
-constexpr int64_t kStreamBytes = int64_t(64) << 20;
-
 // Elements [begin, end) of one block, which may be the tensor's last and short.
 void decode_part(const Kernels& kernels, const Packed& packed, int64_t block, int64_t begin, int64_t end,
                  char* out, Dtype out_dtype) {
@@ -25,7 +21,7 @@ void decode_part(const Kernels& kernels, const Packed& packed, int64_t block, in
   float scale;
   decode_scales(packed, block, 1, &scale);
   alignas(64) char values[kBlock * 4];
-  kernels.dequantize_blocks(codes, &scale, packed.quant_map, 1, values, out_dtype, false);
+  kernels.dequantize_blocks(codes, &scale, packed.quant_map, 1, values, out_dtype);
   const int64_t item = dtype_bytes(out_dtype);
   memcpy(out, values + begin * item, size_t((end - begin) * item));
 }
@@ -38,7 +34,6 @@ void dequantize(const Packed& packed, int64_t start, int64_t stop, void* out, Dt
   const Kernels& kernels = chosen_kernels();
   const int64_t item = dtype_bytes(out_dtype);
   char* const base = static_cast<char*>(out) - start * item;  // where element 0 would be
-  const bool stream = (stop - start) * item >= kStreamBytes;
 
   const int64_t first_whole = (start + kBlock - 1) / kBlock;
   const int64_t last_whole = stop / kBlock;
@@ -60,7 +55,7 @@ void dequantize(const Packed& packed, int64_t start, int64_t stop, void* out, Dt
       const int64_t count = std::min(kNestedBlock, end - block);
       decode_scales(packed, block, count, scales);
       kernels.dequantize_blocks(packed.codes + block * kBlockBytes, scales, packed.quant_map, count,
-                                base + block * kBlock * item, out_dtype, stream);
+                                base + block * kBlock * item, out_dtype);
     }
   });
 }

@@ -32,16 +32,7 @@ __m256i scaled_words(__m256 low_levels, __m256 high_levels, __m256 scale) {
   return _mm256_set_m128i(high, low);
 }
 
-template <bool stream>
-void store(__m256i* out, __m256i value) {
-  if (stream) {
-    _mm256_stream_si256(out, value);
-  } else {
-    _mm256_storeu_si256(out, value);
-  }
-}
-
-template <Dtype dtype, bool stream>
+template <Dtype dtype>
 void decode_words(const uint8_t* codes, const float* scales, const float* quant_map, int64_t num_blocks,
                   uint16_t* out) {
   const __m256 low_levels = _mm256_loadu_ps(quant_map), high_levels = _mm256_loadu_ps(quant_map + 8);
@@ -64,15 +55,14 @@ void decode_words(const uint8_t* codes, const float* scales, const float* quant_
                     high = _mm256_shuffle_epi8(high_bytes, index);
       const __m256i first = _mm256_unpacklo_epi8(low, high), second = _mm256_unpackhi_epi8(low, high);
       __m256i* const target = reinterpret_cast<__m256i*>(out) + 2 * half;
-      store<stream>(target, _mm256_permute2x128_si256(first, second, 0x20));
-      store<stream>(target + 1, _mm256_permute2x128_si256(first, second, 0x31));
+      _mm256_storeu_si256(target, _mm256_permute2x128_si256(first, second, 0x20));
+      _mm256_storeu_si256(target + 1, _mm256_permute2x128_si256(first, second, 0x31));
     }
     codes += kBlockBytes;
     out += kBlock;
   }
 }
 
-template <bool stream>
 void decode_floats(const uint8_t* codes, const float* scales, const float* quant_map, int64_t num_blocks,
                    float* out) {
   const __m256 low_levels = _mm256_loadu_ps(quant_map), high_levels = _mm256_loadu_ps(quant_map + 8);
@@ -87,38 +77,26 @@ void decode_floats(const uint8_t* codes, const float* scales, const float* quant
       const __m256 low = _mm256_permutevar8x32_ps(low_table, index);
       const __m256 high = _mm256_permutevar8x32_ps(high_table, index);
       const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));  // bit 3 to the sign
-      store<stream>(reinterpret_cast<__m256i*>(out) + i,
-                    _mm256_castps_si256(_mm256_blendv_ps(low, high, upper)));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out) + i,
+                          _mm256_castps_si256(_mm256_blendv_ps(low, high, upper)));
     }
     codes += kBlockBytes;
     out += kBlock;
   }
 }
 
-template <bool stream>
-void decode(const uint8_t* codes, const float* scales, const float* quant_map, int64_t num_blocks, void* out,
-            Dtype dtype) {
-  switch (dtype) {
-    case Dtype::float32:
-      return decode_floats<stream>(codes, scales, quant_map, num_blocks, static_cast<float*>(out));
-    case Dtype::bfloat16:
-      return decode_words<Dtype::bfloat16, stream>(codes, scales, quant_map, num_blocks,
-                                                   static_cast<uint16_t*>(out));
-    case Dtype::float16:
-      return decode_words<Dtype::float16, stream>(codes, scales, quant_map, num_blocks,
-                                                  static_cast<uint16_t*>(out));
-  }
-}
-
 }  // namespace
 
 void dequantize_blocks_avx2(const uint8_t* codes, const float* scales, const float* quant_map,
-                            int64_t num_blocks, void* out, Dtype out_dtype, bool stream) {
-  if (stream && reinterpret_cast<uintptr_t>(out) % 32 == 0) {
-    decode<true>(codes, scales, quant_map, num_blocks, out, out_dtype);
-    _mm_sfence();
-  } else {
-    decode<false>(codes, scales, quant_map, num_blocks, out, out_dtype);
+                            int64_t num_blocks, void* out, Dtype out_dtype) {
+  auto* const words = static_cast<uint16_t*>(out);
+  switch (out_dtype) {
+    case Dtype::float32:
+      return decode_floats(codes, scales, quant_map, num_blocks, static_cast<float*>(out));
+    case Dtype::bfloat16:
+      return decode_words<Dtype::bfloat16>(codes, scales, quant_map, num_blocks, words);
+    case Dtype::float16:
+      return decode_words<Dtype::float16>(codes, scales, quant_map, num_blocks, words);
   }
 }
 

@@ -28,16 +28,7 @@ __m512i scaled_words(__m512 levels, __m512 scale) {
   return _mm512_broadcast_i64x4(_mm512_cvtps_ph(product, _MM_FROUND_TO_NEAREST_INT));
 }
 
-template <bool stream>
-void store(void* out, __m512i value) {
-  if (stream) {
-    _mm512_stream_si512(static_cast<__m512i*>(out), value);
-  } else {
-    _mm512_storeu_si512(out, value);
-  }
-}
-
-template <Dtype dtype, bool stream>
+template <Dtype dtype>
 void decode_words(const uint8_t* codes, const float* scales, const float* quant_map, int64_t num_blocks,
                   uint16_t* out) {
   const __m512 levels = _mm512_loadu_ps(quant_map);
@@ -54,14 +45,13 @@ void decode_words(const uint8_t* codes, const float* scales, const float* quant_
     const __m512i packed = _mm512_castsi256_si512(half);
     const __m512i first = _mm512_srlv_epi16(_mm512_permutexvar_epi8(first_bytes, packed), shifts);
     const __m512i second = _mm512_srlv_epi16(_mm512_permutexvar_epi8(second_bytes, packed), shifts);
-    store<stream>(out, _mm512_permutexvar_epi16(first, table));
-    store<stream>(out + 32, _mm512_permutexvar_epi16(second, table));
+    _mm512_storeu_si512(out, _mm512_permutexvar_epi16(first, table));
+    _mm512_storeu_si512(out + 32, _mm512_permutexvar_epi16(second, table));
     codes += kBlockBytes;
     out += kBlock;
   }
 }
 
-template <bool stream>
 void decode_floats(const uint8_t* codes, const float* scales, const float* quant_map, int64_t num_blocks,
                    float* out) {
   const __m512 levels = _mm512_loadu_ps(quant_map);
@@ -76,37 +66,25 @@ void decode_floats(const uint8_t* codes, const float* scales, const float* quant
       const __m512i words =
           _mm512_permutexvar_epi32(_mm512_add_epi32(lanes, _mm512_set1_epi32(2 * i)), packed);
       const __m512i index = _mm512_srlv_epi32(words, shifts);
-      store<stream>(out + 16 * i, _mm512_castps_si512(_mm512_permutexvar_ps(index, table)));
+      _mm512_storeu_si512(out + 16 * i, _mm512_castps_si512(_mm512_permutexvar_ps(index, table)));
     }
     codes += kBlockBytes;
     out += kBlock;
   }
 }
 
-template <bool stream>
-void decode(const uint8_t* codes, const float* scales, const float* quant_map, int64_t num_blocks, void* out,
-            Dtype dtype) {
-  switch (dtype) {
-    case Dtype::float32:
-      return decode_floats<stream>(codes, scales, quant_map, num_blocks, static_cast<float*>(out));
-    case Dtype::bfloat16:
-      return decode_words<Dtype::bfloat16, stream>(codes, scales, quant_map, num_blocks,
-                                                   static_cast<uint16_t*>(out));
-    case Dtype::float16:
-      return decode_words<Dtype::float16, stream>(codes, scales, quant_map, num_blocks,
-                                                  static_cast<uint16_t*>(out));
-  }
-}
-
 }  // namespace
 
 void dequantize_blocks_avx512(const uint8_t* codes, const float* scales, const float* quant_map,
-                              int64_t num_blocks, void* out, Dtype out_dtype, bool stream) {
-  if (stream && reinterpret_cast<uintptr_t>(out) % 64 == 0) {
-    decode<true>(codes, scales, quant_map, num_blocks, out, out_dtype);
-    _mm_sfence();
-  } else {
-    decode<false>(codes, scales, quant_map, num_blocks, out, out_dtype);
+                              int64_t num_blocks, void* out, Dtype out_dtype) {
+  auto* const words = static_cast<uint16_t*>(out);
+  switch (out_dtype) {
+    case Dtype::float32:
+      return decode_floats(codes, scales, quant_map, num_blocks, static_cast<float*>(out));
+    case Dtype::bfloat16:
+      return decode_words<Dtype::bfloat16>(codes, scales, quant_map, num_blocks, words);
+    case Dtype::float16:
+      return decode_words<Dtype::float16>(codes, scales, quant_map, num_blocks, words);
   }
 }
 

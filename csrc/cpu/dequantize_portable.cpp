@@ -24,7 +24,7 @@ void decode(const uint8_t* codes, const float* scales, const float* quant_map, i
 }  // namespace
 
 void dequantize_blocks_portable(const uint8_t* codes, const float* scales, const float* quant_map,
-                                int64_t num_blocks, void* out, Dtype out_dtype, bool) {
+                                int64_t num_blocks, void* out, Dtype out_dtype) {
   switch (out_dtype) {
     case Dtype::float32:
       return decode<float>(codes, scales, quant_map, num_blocks, static_cast<float*>(out),

@@ -4,9 +4,9 @@
 
 namespace nf4 {
 
-#define NF4_DECLARE_KERNELS(isa)                                                                         \
-  void dequantize_blocks_##isa(const uint8_t*, const float*, const float*, int64_t, void*, Dtype, bool); \
-  int64_t quantize_blocks_##isa(const void*, Dtype, int64_t, uint8_t*, float*);                          \
+#define NF4_DECLARE_KERNELS(isa)                                                                   \
+  void dequantize_blocks_##isa(const uint8_t*, const float*, const float*, int64_t, void*, Dtype); \
+  int64_t quantize_blocks_##isa(const void*, Dtype, int64_t, uint8_t*, float*);                    \
   void linear_f32_##isa(const LinearRows&)
 
 NF4_DECLARE_KERNELS(portable);
@@ -14,8 +14,8 @@ int linear_order_portable(int);
 const Kernels kernels_portable = {"portable",
                                   dequantize_blocks_portable,
                                   quantize_blocks_portable,
-                                  {64, linear_order_portable, linear_f32_portable},
-                                  {64, linear_order_portable, nullptr}};
+                                  {64, 1, linear_order_portable, linear_f32_portable},
+                                  {64, 1, linear_order_portable, nullptr}};
 
 #ifdef NF4_X86
 NF4_DECLARE_KERNELS(avx2);
@@ -25,8 +25,8 @@ int linear_order_i16_avx2(int);
 const Kernels kernels_avx2 = {"avx2",
                               dequantize_blocks_avx2,
                               quantize_blocks_avx2,
-                              {64, linear_order_f32_avx2, linear_f32_avx2},
-                              {64, linear_order_i16_avx2, linear_i16_avx2}};
+                              {64, 1, linear_order_f32_avx2, linear_f32_avx2},
+                              {64, 1, linear_order_i16_avx2, linear_i16_avx2}};
 
 NF4_DECLARE_KERNELS(avx512);
 void linear_i16_avx512(const LinearRows&);
@@ -35,8 +35,8 @@ int linear_order_i16_avx512(int);
 const Kernels kernels_avx512 = {"avx512",
                                 dequantize_blocks_avx512,
                                 quantize_blocks_avx512,
-                                {128, linear_order_f32_avx512, linear_f32_avx512},
-                                {128, linear_order_i16_avx512, linear_i16_avx512}};
+                                {128, 1, linear_order_f32_avx512, linear_f32_avx512},
+                                {128, 8, linear_order_i16_avx512, linear_i16_avx512}};
 #endif
 
 }  // namespace nf4

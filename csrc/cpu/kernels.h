@@ -17,6 +17,7 @@ constexpr int64_t kBlock = 64;         // elements under one scale
 constexpr int64_t kBlockBytes = 32;    // their codes: two a byte, the first element in the high nibble
 constexpr int64_t kNestedBlock = 256;  // scales under one second-level scale
 constexpr int kMaxRows = 8;            // rows of x that a fused product takes
+constexpr int kTaskRows = 16;          // rows of W that a kernel of the fused product takes at a time
 
 static inline int64_t dtype_bytes(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
 
@@ -30,36 +31,38 @@ struct Packed {
   float nested_offset;
 };
 
-// Decodes num_blocks blocks to `out`. With `stream`, stores bypass the caches where alignment allows.
+// Decodes num_blocks blocks to `out`. Stores are plain: whatever reads the result next finds part of it in
+// cache, and past the caches non-temporal stores measured the same (Zen 4).
 using DequantizeBlocks = void (*)(const uint8_t* codes, const float* scales, const float* quant_map,
-                                  int64_t num_blocks, void* out, Dtype out_dtype, bool stream);
+                                  int64_t num_blocks, void* out, Dtype out_dtype);
 
 // Encodes num_blocks blocks; returns the first block that holds a NaN or an infinity, or -1. Blocks after
 // that one are not written.
 using QuantizeBlocks = int64_t (*)(const void* values, Dtype dtype, int64_t num_blocks, uint8_t* codes,
                                    float* absmax);
 
-// Some rows of a fused product y = x W^T. All K = 64 * num_blocks long.
+// Some rows of a fused product y = x W^T over k = 64 * num_blocks, and x as the kernel wants it
+// (LinearKernel).
 struct LinearRows {
-  const uint8_t* codes;       // [num_rows, num_blocks * 32]
-  const float* scales;        // [num_rows, scale_stride]: num_blocks scales, then zeros
-  int64_t scale_stride;       // num_blocks rounded up to whole chunks
+  const uint8_t* codes;  // [num_rows, num_blocks * 32]
+  const float* scales;   // [num_rows, scale_stride]: num_blocks scales, then zeros up to a whole chunk
+  int64_t scale_stride;
   const float* levels;        // float32 [16]
-  const int16_t* levels_i16;  // int16 [16] for the integer kernel: levels * 16384 / largest
-  const void* x;              // [m, x_stride] floats or int16, rearranged (see LinearKernel)
-  int64_t x_stride;           // elements; a whole number of chunks
-  const float* x_scales;      // [m, scale_stride], for the integer kernel only
+  const int16_t* levels_i16;  // int16 [16] for the integer kernel
+  const void* x;              // [chunks, m, chunk], float32 or int16, zeros past k
+  const float* x_scales;      // [chunks, m, chunk / 64, scale_copies], for the integer kernel
   int m;
-  int64_t num_rows;
+  int num_rows;  // 1 to kTaskRows
   int64_t num_blocks;
-  float* y;  // [m, y_stride]
-  int64_t y_stride;
+  float* y;  // [m, kTaskRows]
 };
 
 // A kernel reads x in chunks of `chunk` elements, rearranged once a call so that no shuffle is needed inside:
-// position p of a chunk holds element order(p).
+// position p of a chunk holds element order(p). Chunks of the rows of x lie side by side, and not a whole row
+// apart, which in powers of two would put them all in the same few cache sets.
 struct LinearKernel {
   int chunk;
+  int scale_copies;  // how many times each scale of x is stored
   int (*order)(int position);
   void (*run)(const LinearRows& rows);  // null: this ISA has no such kernel
 };

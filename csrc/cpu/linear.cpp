@@ -4,8 +4,8 @@
 //
 // Rows of W are the tasks, each summed in one order, so the number of threads does not change the result.
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
-#include <memory>
 #include <vector>
 
 #include "float_environment.h"
@@ -17,21 +17,11 @@
 namespace nf4 {
 namespace {
 
-constexpr int64_t kTaskRows = 32;
+// Integer kernels sum 8 products in 32 bits: 8 * 16384 * 16000 < 2^31.
 constexpr float kLargestLevel = 16384.0f;
 constexpr float kLargestX = 16000.0f;
-
-float load(const void* values, Dtype dtype, int64_t i) {
-  switch (dtype) {
-    case Dtype::bfloat16:
-      return bf16_to_float(static_cast<const uint16_t*>(values)[i]);
-    case Dtype::float16:
-      return fp16_to_float(static_cast<const uint16_t*>(values)[i]);
-    default:
-      return static_cast<const float*>(values)[i];
-  }
-}
-
+constexpr int kMaxChunk = 128;       // elements, of the kernels' chunks
+constexpr int64_t kTaskChunks = 16;  // to rearrange
 void store(void* values, Dtype dtype, int64_t i, float value) {
   switch (dtype) {
     case Dtype::bfloat16:
@@ -45,27 +35,20 @@ void store(void* values, Dtype dtype, int64_t i, float value) {
   }
 }
 
-int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
-
-// x as float32 [m, stride], zeros after column k.
-std::vector<float> widen(const void* x, Dtype dtype, int m, int64_t k, int64_t stride) {
-  std::vector<float> wide(size_t(m * stride));
-  for (int row = 0; row < m; ++row) {
-    for (int64_t i = 0; i < k; ++i) wide[size_t(row * stride + i)] = load(x, dtype, row * k + i);
+// Elements [begin, begin + count) of a row of x as float32.
+void widen(const void* row, Dtype dtype, int64_t begin, int64_t count, float* wide) {
+  switch (dtype) {
+    case Dtype::float32:
+      std::copy_n(static_cast<const float*>(row) + begin, count, wide);
+      return;
+    case Dtype::bfloat16:
+      std::transform(static_cast<const uint16_t*>(row) + begin,
+                     static_cast<const uint16_t*>(row) + begin + count, wide, bf16_to_float);
+      return;
+    case Dtype::float16:
+      std::transform(static_cast<const uint16_t*>(row) + begin,
+                     static_cast<const uint16_t*>(row) + begin + count, wide, fp16_to_float);
   }
-  return wide;
-}
-
-// Puts the elements of every chunk in the kernel's order.
-template <typename T>
-std::vector<T> rearrange(const std::vector<T>& values, const LinearKernel& kernel) {
-  std::vector<T> arranged(values.size());
-  std::vector<int> order(size_t(kernel.chunk));
-  for (int p = 0; p < kernel.chunk; ++p) order[size_t(p)] = kernel.order(p);
-  for (size_t begin = 0; begin < values.size(); begin += order.size()) {
-    for (size_t p = 0; p < order.size(); ++p) arranged[begin + p] = values[begin + size_t(order[p])];
-  }
-  return arranged;
 }
 
 float largest_of(const float* values, int64_t n) {
@@ -74,87 +57,136 @@ float largest_of(const float* values, int64_t n) {
   return largest;
 }
 
-bool all_finite(const float* values, int64_t n) {
-  return first_nonfinite(values, Dtype::float32, n, false, 1) < 0;
-}
+// Nearest integer of a value within +-2^15; the sum leaves it in its low bits.
+int16_t to_i16(float value) { return int16_t(uint16_t(bits_of(value + 0x1.8p23f))); }
 
-// The levels as 16-bit integers and the value of one unit.
+// The levels as 16-bit integers, and the value of one unit.
 struct IntegerLevels {
   int16_t values[16];
   float unit;
   explicit IntegerLevels(const float* levels) : unit(largest_of(levels, 16) / kLargestLevel) {
-    for (int i = 0; i < 16; ++i) values[i] = int16_t(std::lrint(levels[i] / unit));
+    for (int i = 0; i < 16; ++i) values[i] = to_i16(levels[i] / unit);
   }
 };
 
-// x as 16-bit integers with a scale for each 64 elements.
-struct IntegerRows {
-  std::vector<int16_t> values;
-  std::vector<float> scales;  // [m, stride / 64]
-  IntegerRows(const std::vector<float>& x, float unit) : values(x.size()), scales(x.size() / kBlock) {
-    for (size_t block = 0; block < scales.size(); ++block) {
-      const float* const from = x.data() + block * kBlock;
-      const float scale = largest_of(from, kBlock) / kLargestX;
-      const float inverse = 1.0f / scale;
-      scales[block] = scale * unit;
-      if (!std::isfinite(inverse)) {  // all below 2^-114, or zero
-        scales[block] = 0;
-        continue;
-      }
-      for (int64_t i = 0; i < kBlock; ++i) {
-        values[block * kBlock + size_t(i)] = int16_t(std::lrint(from[i] * inverse));
-      }
-    }
+// Returns the value of one unit.
+float quantize_x(const float* x, int16_t* integers) {
+  const float unit = largest_of(x, kBlock) / kLargestX;
+  const float inverse = 1.0f / unit;
+  if (!(inverse <= FLT_MAX)) {  // zeros, or as good as zeros: below 2^-114
+    std::fill_n(integers, kBlock, int16_t(0));
+    return 0.0f;
   }
+  for (int64_t i = 0; i < kBlock; ++i) integers[i] = to_i16(x[i] * inverse);
+  return unit;
+}
+
+// Numbers that begin at a cache line, so that no load of a kernel touches two.
+template <typename T>
+class Aligned {
+ public:
+  void resize(int64_t size) { lines_.resize(size_t((size * int64_t(sizeof(T)) + 63) / 64)); }
+  T* data() { return reinterpret_cast<T*>(lines_.data()); }
+  const T* data() const { return reinterpret_cast<const T*>(lines_.data()); }
+
+ private:
+  struct alignas(64) Line {
+    char bytes[64];
+  };
+  std::vector<Line> lines_;
+};
+
+// x in the layout of a kernel (see LinearRows), as floats or integers.
+class ArrangedX {
+ public:
+  ArrangedX(const void* x, Dtype dtype, int m, int64_t k, const LinearKernel& kernel, bool integers,
+            float level_unit, int threads) {
+    const int64_t chunk = kernel.chunk;
+    const int64_t num_chunks = (k + chunk - 1) / chunk;
+    const int64_t scales_per_chunk = chunk / kBlock * kernel.scale_copies;
+    int order[kMaxChunk];
+    for (int p = 0; p < chunk; ++p) order[p] = kernel.order(p);
+    if (integers) {
+      integers_.resize(num_chunks * m * chunk);
+      scales_.resize(num_chunks * m * scales_per_chunk);
+    } else {
+      floats_.resize(num_chunks * m * chunk);
+    }
+    parallel_for((num_chunks + kTaskChunks - 1) / kTaskChunks, threads, [&](int64_t task) {
+      const int64_t end = std::min(num_chunks, (task + 1) * kTaskChunks);
+      for (int64_t c = task * kTaskChunks; c < end; ++c) {
+        for (int row = 0; row < m; ++row) {
+          const int64_t place = c * m + row;
+          float wide[kMaxChunk] = {};
+          widen(static_cast<const char*>(x) + row * k * dtype_bytes(dtype), dtype, c * chunk,
+                std::min(chunk, k - c * chunk), wide);
+          if (!integers) {
+            float* const to = floats_.data() + place * chunk;
+            for (int p = 0; p < chunk; ++p) to[p] = wide[order[p]];
+            continue;
+          }
+          int16_t narrow[kMaxChunk];
+          float* scales = scales_.data() + place * scales_per_chunk;
+          for (int64_t i = 0; i < chunk; i += kBlock) {
+            const float unit = quantize_x(wide + i, narrow + i);
+            scales = std::fill_n(scales, kernel.scale_copies, unit * level_unit);
+          }
+          int16_t* const to = integers_.data() + place * chunk;
+          for (int p = 0; p < chunk; ++p) to[p] = narrow[order[p]];
+        }
+      }
+    });
+  }
+
+  const void* values() const {
+    return integers_.data() ? static_cast<const void*>(integers_.data()) : floats_.data();
+  }
+  const float* scales() const { return scales_.data(); }
+
+ private:
+  Aligned<float> floats_;
+  Aligned<int16_t> integers_;
+  Aligned<float> scales_;
 };
 
 // k is a multiple of 64: rows are whole blocks.
-void linear_blocks(const std::vector<float>& wide, bool integers, int m, const Packed& packed, int64_t n,
-                   int64_t k, void* out, Dtype out_dtype, int threads) {
+void linear_blocks(const void* x, Dtype x_dtype, int m, const Packed& packed, int64_t n, int64_t k, void* out,
+                   Dtype out_dtype, int threads) {
   const Kernels& kernels = chosen_kernels();
+  const float largest_level = largest_of(packed.quant_map, 16);
+  const bool integers = x_dtype != Dtype::float32 && kernels.linear_i16.run != nullptr && largest_level > 0 &&
+                        first_nonfinite(packed.quant_map, Dtype::float32, 16, false, 1) < 0 &&
+                        first_nonfinite(x, x_dtype, m * k, false, 1) < 0;
   const LinearKernel& kernel = integers ? kernels.linear_i16 : kernels.linear_f32;
+  const IntegerLevels levels(packed.quant_map);
+  const ArrangedX arranged(x, x_dtype, m, k, kernel, integers, levels.unit, threads);
+
   const int64_t num_blocks = k / kBlock;
+  const int64_t chunk_blocks = kernel.chunk / kBlock;
   LinearRows common{};
+  common.scale_stride = (num_blocks + chunk_blocks - 1) / chunk_blocks * chunk_blocks;
   common.levels = packed.quant_map;
+  common.levels_i16 = levels.values;
+  common.x = arranged.values();
+  common.x_scales = arranged.scales();
   common.m = m;
   common.num_blocks = num_blocks;
-  common.x_stride = int64_t(wide.size()) / m;
-  common.scale_stride = common.x_stride / kBlock;
-  common.y_stride = kTaskRows;
-
-  std::unique_ptr<IntegerLevels> levels;
-  std::unique_ptr<IntegerRows> rows;
-  std::vector<int16_t> x_i16;
-  std::vector<float> x_f32;
-  if (integers) {
-    levels = std::make_unique<IntegerLevels>(packed.quant_map);
-    rows = std::make_unique<IntegerRows>(wide, levels->unit);
-    x_i16 = rearrange(rows->values, kernel);
-    common.x = x_i16.data();
-    common.levels_i16 = levels->values;
-    common.x_scales = rows->scales.data();
-  } else {
-    x_f32 = rearrange(wide, kernel);
-    common.x = x_f32.data();
-  }
-
-  const int64_t num_tasks = (n + kTaskRows - 1) / kTaskRows;
-  parallel_for(num_tasks, threads, [&](int64_t task) {
+  parallel_for((n + kTaskRows - 1) / kTaskRows, threads, [&](int64_t task) {
     const int64_t begin = task * kTaskRows;
-    LinearRows part = common;
-    part.num_rows = std::min(kTaskRows, n - begin);
-    part.codes = packed.codes + begin * num_blocks * kBlockBytes;
+    LinearRows rows = common;
+    rows.num_rows = int(std::min<int64_t>(kTaskRows, n - begin));
+    rows.codes = packed.codes + begin * num_blocks * kBlockBytes;
     thread_local std::vector<float> scales;
-    scales.assign(size_t(part.num_rows * part.scale_stride), 0.0f);
-    for (int64_t row = 0; row < part.num_rows; ++row) {
-      decode_scales(packed, (begin + row) * num_blocks, num_blocks, scales.data() + row * part.scale_stride);
+    scales.assign(size_t(rows.num_rows * rows.scale_stride), 0.0f);
+    for (int row = 0; row < rows.num_rows; ++row) {
+      decode_scales(packed, (begin + row) * num_blocks, num_blocks, scales.data() + row * rows.scale_stride);
     }
-    part.scales = scales.data();
+    rows.scales = scales.data();
     float y[kMaxRows * kTaskRows];
-    part.y = y;
-    kernel.run(part);
+    rows.y = y;
+    kernel.run(rows);
     for (int i = 0; i < m; ++i) {
-      for (int64_t row = 0; row < part.num_rows; ++row) {
+      for (int row = 0; row < rows.num_rows; ++row) {
         store(out, out_dtype, i * n + begin + row, y[i * kTaskRows + row]);
       }
     }
@@ -162,9 +194,14 @@ void linear_blocks(const std::vector<float>& wide, bool integers, int m, const P
 }
 
 // Any k: blocks run across rows, so every row is decoded to a buffer first.
-void linear_any(const std::vector<float>& x, int m, const Packed& packed, int64_t n, int64_t k, void* out,
+void linear_any(const void* x, Dtype x_dtype, int m, const Packed& packed, int64_t n, int64_t k, void* out,
                 Dtype out_dtype, int threads) {
-  const int64_t stride = int64_t(x.size()) / m;
+  const int64_t stride = (k + 7) / 8 * 8;
+  std::vector<float> wide(size_t(m * stride));
+  for (int i = 0; i < m; ++i) {
+    widen(static_cast<const char*>(x) + i * k * dtype_bytes(x_dtype), x_dtype, 0, k,
+          wide.data() + i * stride);
+  }
   parallel_for((n + kTaskRows - 1) / kTaskRows, threads, [&](int64_t task) {
     thread_local std::vector<float> weights;
     weights.assign(size_t(stride), 0.0f);
@@ -175,7 +212,7 @@ void linear_any(const std::vector<float>& x, int m, const Packed& packed, int64_
         float lanes[8] = {};
         for (int64_t j = 0; j < stride; j += 8) {
           for (int64_t lane = 0; lane < 8; ++lane) {
-            lanes[lane] += weights[size_t(j + lane)] * x[size_t(i * stride + j + lane)];
+            lanes[lane] += weights[size_t(j + lane)] * wide[size_t(i * stride + j + lane)];
           }
         }
         const float sum =
@@ -191,16 +228,8 @@ void linear_any(const std::vector<float>& x, int m, const Packed& packed, int64_
 void linear(const void* x, Dtype x_dtype, int m, const Packed& packed, int64_t n, int64_t k, void* out,
             Dtype out_dtype, int threads) {
   const DefaultFloatEnvironment environment;
-  const Kernels& kernels = chosen_kernels();
-  if (k % kBlock != 0) {
-    return linear_any(widen(x, x_dtype, m, k, round_up(k, 8)), m, packed, n, k, out, out_dtype, threads);
-  }
-  const bool integers = x_dtype != Dtype::float32 && kernels.linear_i16.run != nullptr &&
-                        largest_of(packed.quant_map, 16) > 0 && all_finite(packed.quant_map, 16) &&
-                        first_nonfinite(x, x_dtype, m * k, false, 1) < 0;
-  const int chunk = integers ? kernels.linear_i16.chunk : kernels.linear_f32.chunk;
-  linear_blocks(widen(x, x_dtype, m, k, round_up(k, chunk)), integers, m, packed, n, k, out, out_dtype,
-                threads);
+  const auto product = k % kBlock == 0 ? linear_blocks : linear_any;
+  product(x, x_dtype, m, packed, n, k, out, out_dtype, threads);
 }
 
 }  // namespace nf4

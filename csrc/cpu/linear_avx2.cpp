@@ -21,15 +21,17 @@ float sum_of(__m256 value) {
 template <int m>
 void rows_f32(const LinearRows& rows) {
   const __m256 low_levels = _mm256_loadu_ps(rows.levels), high_levels = _mm256_loadu_ps(rows.levels + 8);
-  for (int64_t row = 0; row < rows.num_rows; ++row) {
+  for (int row = 0; row < rows.num_rows; ++row) {
     const uint8_t* codes = rows.codes + row * rows.num_blocks * kBlockBytes;
     const float* const scales = rows.scales + row * rows.scale_stride;
     const float* x = static_cast<const float*>(rows.x);
     __m256 sums[m];
+#pragma GCC unroll 8
     for (int i = 0; i < m; ++i) sums[i] = _mm256_setzero_ps();
     for (int64_t block = 0; block < rows.num_blocks; ++block) {
       const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
       __m256 products[m];
+#pragma GCC unroll 8
       for (int i = 0; i < m; ++i) products[i] = _mm256_setzero_ps();
 #pragma GCC unroll 8
       for (int plane = 0; plane < 8; ++plane) {
@@ -39,17 +41,19 @@ void rows_f32(const LinearRows& rows) {
         const __m256 upper =
             _mm256_castsi256_ps(_mm256_slli_epi32(packed, 28 - 4 * plane));  // bit 3 to the sign
         const __m256 levels = _mm256_blendv_ps(low, high, upper);
+#pragma GCC unroll 8
         for (int i = 0; i < m; ++i) {
-          products[i] =
-              _mm256_fmadd_ps(levels, _mm256_loadu_ps(x + i * rows.x_stride + 8 * plane), products[i]);
+          products[i] = _mm256_fmadd_ps(levels, _mm256_loadu_ps(x + 64 * i + 8 * plane), products[i]);
         }
       }
       const __m256 scale = _mm256_broadcast_ss(scales + block);
+#pragma GCC unroll 8
       for (int i = 0; i < m; ++i) sums[i] = _mm256_fmadd_ps(products[i], scale, sums[i]);
       codes += kBlockBytes;
-      x += kBlock;
+      x += kBlock * m;
     }
-    for (int i = 0; i < m; ++i) rows.y[i * rows.y_stride + row] = sum_of(sums[i]);
+#pragma GCC unroll 8
+    for (int i = 0; i < m; ++i) rows.y[i * kTaskRows + row] = sum_of(sums[i]);
   }
 }
 
@@ -62,11 +66,12 @@ void rows_i16(const LinearRows& rows) {
   const __m256i low_bytes = _mm256_permute4x64_epi64(planes, 0x44);
   const __m256i high_bytes = _mm256_permute4x64_epi64(planes, 0xee);
   const __m256i nibble = _mm256_set1_epi8(0x0f);
-  for (int64_t row = 0; row < rows.num_rows; ++row) {
+  for (int row = 0; row < rows.num_rows; ++row) {
     const uint8_t* codes = rows.codes + row * rows.num_blocks * kBlockBytes;
     const float* const scales = rows.scales + row * rows.scale_stride;
     const int16_t* x = static_cast<const int16_t*>(rows.x);
     __m256 sums[m];
+#pragma GCC unroll 8
     for (int i = 0; i < m; ++i) sums[i] = _mm256_setzero_ps();
     for (int64_t block = 0; block < rows.num_blocks; ++block) {
       const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
@@ -80,20 +85,22 @@ void rows_i16(const LinearRows& rows) {
           _mm256_unpacklo_epi8(even_low, even_high), _mm256_unpackhi_epi8(even_low, even_high),
           _mm256_unpacklo_epi8(odd_low, odd_high), _mm256_unpackhi_epi8(odd_low, odd_high)};
       const __m256 scale = _mm256_broadcast_ss(scales + block);
+#pragma GCC unroll 8
       for (int i = 0; i < m; ++i) {
-        const __m256i* const x_planes = reinterpret_cast<const __m256i*>(x + i * rows.x_stride);
+        const __m256i* const x_planes = reinterpret_cast<const __m256i*>(x + 64 * i);
         __m256i products = _mm256_madd_epi16(levels[0], _mm256_loadu_si256(x_planes));
         for (int plane = 1; plane < 4; ++plane) {
           products = _mm256_add_epi32(products,
                                       _mm256_madd_epi16(levels[plane], _mm256_loadu_si256(x_planes + plane)));
         }
-        const __m256 x_scale = _mm256_broadcast_ss(rows.x_scales + i * rows.scale_stride + block);
+        const __m256 x_scale = _mm256_broadcast_ss(rows.x_scales + block * m + i);
         sums[i] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(products), _mm256_mul_ps(scale, x_scale), sums[i]);
       }
       codes += kBlockBytes;
-      x += kBlock;
+      x += kBlock * m;
     }
-    for (int i = 0; i < m; ++i) rows.y[i * rows.y_stride + row] = sum_of(sums[i]);
+#pragma GCC unroll 8
+    for (int i = 0; i < m; ++i) rows.y[i * kTaskRows + row] = sum_of(sums[i]);
   }
 }
 

@@ -9,7 +9,7 @@ int linear_order_portable(int position) { return position; }
 
 void linear_f32_portable(const LinearRows& rows) {
   const float* const x = static_cast<const float*>(rows.x);
-  for (int64_t row = 0; row < rows.num_rows; ++row) {
+  for (int row = 0; row < rows.num_rows; ++row) {
     float sums[kMaxRows] = {};
     const uint8_t* codes = rows.codes + row * rows.num_blocks * kBlockBytes;
     for (int64_t block = 0; block < rows.num_blocks; ++block) {
@@ -19,7 +19,7 @@ void linear_f32_portable(const LinearRows& rows) {
         levels[2 * i + 1] = rows.levels[codes[i] & 15];
       }
       for (int m = 0; m < rows.m; ++m) {
-        const float* const x_block = x + m * rows.x_stride + block * kBlock;
+        const float* const x_block = x + (block * rows.m + m) * kBlock;
         float lanes[8] = {};
         for (int64_t i = 0; i < kBlock; i += 8) {
           for (int lane = 0; lane < 8; ++lane) lanes[lane] += levels[i + lane] * x_block[i + lane];
@@ -30,7 +30,7 @@ void linear_f32_portable(const LinearRows& rows) {
       }
       codes += kBlockBytes;
     }
-    for (int m = 0; m < rows.m; ++m) rows.y[m * rows.y_stride + row] = sums[m];
+    for (int m = 0; m < rows.m; ++m) rows.y[m * kTaskRows + row] = sums[m];
   }
 }
 

@@ -49,8 +49,8 @@ bool spin_until(Condition&& condition) {
 class ThreadPool {
  public:
   void run(int64_t count, int helpers, void (*task)(void*, int64_t), void* context) {
-    std::unique_lock<std::mutex> owner(owner_, std::try_to_lock);
-    if (helpers <= 0 || !owner.owns_lock()) {
+    std::unique_lock<std::mutex> owner(owner_, std::defer_lock);
+    if (helpers <= 0 || !owner.try_lock()) {
       const DefaultFloatEnvironment environment;
       for (int64_t i = 0; i < count; ++i) task(context, i);
       return;
