@@ -72,18 +72,25 @@ class AtomicFile:
     def preallocate(self, num_bytes: int) -> None:
         """Give the file its full size and claim the space now: a full disk shows before hours of work.
 
-        File systems without fallocate get a sparse file after a look at the free space.
+        The free space is looked at first, as a failing fallocate may fill the disk for a moment; on a file
+        system without fallocate that look must do.
         """
-        try:
-            os.posix_fallocate(self.fd, 0, num_bytes)
-        except OSError as error:
-            if error.errno == errno.ENOSPC:
-                self._refuse_space(num_bytes, error)
-            if error.errno not in _UNSUPPORTED:
-                raise _write_error(self.path, error) from error
-            if num_bytes > _free_bytes(self.fd):
-                self._refuse_space(num_bytes, error)
+        status = os.fstatvfs(self.fd)
+        free = status.f_bavail * status.f_frsize
+        if num_bytes > free:
+            raise WriteError(
+                self.path,
+                "not enough space on the disk",
+                expected=f"{num_bytes} bytes free",
+                got=free,
+                remedy=_REMEDIES[errno.ENOSPC],
+            )
         with _told(self.path):
+            try:
+                os.posix_fallocate(self.fd, 0, num_bytes)
+            except OSError as error:
+                if error.errno not in _UNSUPPORTED:
+                    raise
             os.ftruncate(self.fd, num_bytes)
 
     def pwrite(self, data: bytes | bytearray | memoryview, offset: int) -> None:
@@ -104,16 +111,6 @@ class AtomicFile:
             else:
                 _rename_new(self._temporary, self.path)
             _sync_directory(self.path.parent)
-
-    def _refuse_space(self, num_bytes: int, error: OSError) -> NoReturn:
-        free = _free_bytes(self.fd)
-        raise WriteError(
-            self.path,
-            "not enough space on the disk",
-            expected=f"{num_bytes} bytes free",
-            got=free,
-            remedy=_REMEDIES[errno.ENOSPC],
-        ) from error
 
     def __exit__(
         self,
@@ -252,11 +249,6 @@ def _told(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise _write_error(path, error) from error
-
-
-def _free_bytes(fd: int) -> int:
-    status = os.fstatvfs(fd)
-    return status.f_bavail * status.f_frsize
 
 
 def _sync_directory(path: Path) -> None:

@@ -88,6 +88,16 @@ class Nf4File:
             os.close(fd)
             raise
 
+    @classmethod
+    def from_descriptor(cls, fd: int, path: str | os.PathLike[str]) -> Nf4File:
+        """As `open`, of a file that is open already, such as one not yet renamed; `fd` stays the caller's."""
+        own = os.dup(fd)
+        try:
+            return cls(Path(path), own, mmap=True, allow_maps=False, max_header_bytes=MAX_HEADER_BYTES)
+        except BaseException:
+            os.close(own)
+            raise
+
     def packed(self, name: str) -> PackedTensor:
         """The NF4 weight `name` (or an alias of it); arrays are views of the mapping, private and writable.
 
