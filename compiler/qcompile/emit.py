@@ -20,11 +20,12 @@ from nf4format.checkpoint import Checkpoint
 from nf4format.codebook import NESTED_MAP, NF4_LEVELS
 from nf4format.layout import FILE_PREFIX, QUANT_STATE, quant_state_json
 
-from .encode import Encoder
+from .encode import Constants, Encoder
 from .errors import CompileError
 from .plan import Plan
 from .policy import Decision
 from .quality import TensorError, decode_segment, measure, sampled_segments, to_float32
+from .scratch import Scratch
 from .source import CHUNK_BYTES, Cancelled, TensorReader
 
 Progress = Callable[[int, int], None]
@@ -112,6 +113,7 @@ class _Emitter:
         self._unfinished = len(plan.decisions)
         self._total_bytes = sum(decision.source_bytes for decision in plan.decisions)
         self._local = threading.local()
+        self._scratch = Scratch(file.path.parent)
         self._specs = {spec.name: spec for spec in plan.layout.packed}
 
     def emit(self, decision: Decision) -> Emitted:
@@ -143,10 +145,22 @@ class _Emitter:
             )
             return decode_segment(codes, constants, start, stop, reader.dtype)
 
-        try:
-            constants = self._encoder(reader, write_codes, self._threads, self._file.path.parent)
-        except NonFinite as error:
-            raise self._not_finite(name, reader, error.index, "finite values") from None
+        with self._scratch.scales(reader.num_values) as scales:
+            try:
+                constants = self._encoder(reader, write_codes, self._threads, scales)
+            except NonFinite as error:
+                raise self._not_finite(name, reader, error.index, "finite values") from None
+            self._write_constants(name, constants)
+            return measure(
+                reader.num_values,
+                reader.dtype,
+                sampled_segments(reader.num_values),
+                reader.read_values,
+                decode,
+            )
+
+    def _write_constants(self, name: str, constants: Constants) -> None:
+        entries = self._layout.entries
         state_entry = entries[name + QUANT_STATE]
         state = quant_state_json(
             self._specs[name], constants.nested_offset, state_entry.end - state_entry.begin
@@ -160,11 +174,9 @@ class _Emitter:
         }
         for suffix, data in parts.items():
             self._file.pwrite(data, entries[name + suffix].begin)
-        return measure(
-            reader.num_values, reader.dtype, sampled_segments(reader.num_values), reader.read_values, decode
-        )
 
     def _copy(self, name: str, reader: TensorReader) -> None:
+        """Copy a tensor's bytes. Other dtypes than the codec's are not looked at."""
         begin = self._layout.entries[name].begin
         if not reader.num_values:
             for offset, chunk in reader.byte_chunks():

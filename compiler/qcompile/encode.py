@@ -6,20 +6,14 @@ through a callback as soon as they are known, so that no more of a tensor than a
 
 from __future__ import annotations
 
-import mmap
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from nf4format.blocks import Dtype, NonFinite, quantize_absmax, quantize_codes
 from nf4format.codebook import BLOCK
-
-# Scales of a tensor up to this size are kept in memory while it is encoded; larger ones in an unlinked file.
-MAX_SCALES_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -59,7 +53,7 @@ class Encoder(Protocol):
     """One optimisation level."""
 
     def __call__(
-        self, source: TensorSource, write_codes: WriteCodes, threads: Callable[[], int], scratch_dir: Path
+        self, source: TensorSource, write_codes: WriteCodes, threads: Callable[[], int], scales: np.ndarray
     ) -> Constants:
         """Encode a tensor.
 
@@ -67,7 +61,7 @@ class Encoder(Protocol):
             source: its values.
             write_codes: receives every code once.
             threads: how many threads may be used right now; asked again for each chunk.
-            scratch_dir: where a large temporary file may be made.
+            scales: room for the tensor's scales, float32 [ceil(n / 64)].
 
         Raises:
             NonFinite: with the flat index of the first NaN or infinity.
@@ -76,10 +70,9 @@ class Encoder(Protocol):
 
 
 def encode_absmax(
-    source: TensorSource, write_codes: WriteCodes, threads: Callable[[], int], scratch_dir: Path
+    source: TensorSource, write_codes: WriteCodes, threads: Callable[[], int], scales: np.ndarray
 ) -> Constants:
     """Level 0: a block's scale is its largest magnitude, as in QLoRA (arXiv 2305.14314, section 3)."""
-    scales = _scales_array(-(-source.num_values // BLOCK), scratch_dir)
     codes: np.ndarray | None = None
     for start, values in source.chunks():
         if codes is None:
@@ -95,12 +88,3 @@ def encode_absmax(
 
 
 ENCODERS: dict[int, Encoder] = {0: encode_absmax}
-
-
-def _scales_array(num_blocks: int, scratch_dir: Path) -> np.ndarray:
-    """Room for the float32 scales of a tensor. The largest known ones have 10^10 values, 700 MB of scales."""
-    if 4 * num_blocks <= MAX_SCALES_BYTES:
-        return np.empty(num_blocks, np.float32)
-    with tempfile.TemporaryFile(dir=scratch_dir) as file:
-        file.truncate(4 * num_blocks)
-        return np.frombuffer(mmap.mmap(file.fileno(), 4 * num_blocks), np.float32)

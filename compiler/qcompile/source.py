@@ -12,8 +12,9 @@ from nf4format.blocks import ARRAY_DTYPES, Dtype
 from nf4format.checkpoint import Checkpoint
 from nf4format.dtypes import DTYPE_OF_SAFETENSORS
 
-# Bytes read, hashed and encoded at a time: they stay in the processor's cache between these steps.
-CHUNK_BYTES = 1 << 20
+# Bytes read, hashed and encoded at a time: few enough to stay in the processor's cache between these steps,
+# enough for the interpreter's share to be small.
+CHUNK_BYTES = 2 << 20
 
 
 class Cancelled(Exception):

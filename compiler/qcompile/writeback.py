@@ -8,7 +8,7 @@ import threading
 from types import TracebackType
 
 _SYNC_FILE_RANGE_WRITE = 2  # <fcntl.h>: start writing out dirty pages, do not wait for those under way
-_PERIOD_S = 0.05
+_PERIOD_S = 0.5  # more often, writes become small and cost more of the kernel's time than they save
 
 
 class Writeback:

@@ -132,7 +132,7 @@ def test_interrupted_leaves_nothing(model: Path, tmp_path: Path, signum: int) ->
     program = """
 import itertools, sys, time
 from qcompile import cli, encode
-def slow(source, write_codes, threads, scratch_dir):
+def slow(source, write_codes, threads, scales):
     for _ in itertools.count():
         next(iter(source.chunks()))
         print("encoding", flush=True)

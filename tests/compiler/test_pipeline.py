@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from safetensors.torch import load_file
 
 from nf4format.blocks import dequantize
 from nf4format.container import Nf4File
-from qcompile import encode
+from qcompile import emit
 from qcompile.errors import CompileError
 from qcompile.options import CompileOptions
 from qcompile.pipeline import compile_checkpoint, plan_checkpoint
+from qcompile.scratch import Scratch
 
 Write = Callable[..., Path]
 Tensors = Callable[..., dict[str, torch.Tensor]]
@@ -197,7 +199,7 @@ def test_same_bytes_whatever_the_jobs_shards_and_file_names(
 ) -> None:
     compile_checkpoint(sizable(1), tmp_path / "one.nf4", CompileOptions(jobs=1))
     compile_checkpoint(tmp_path / "model1", tmp_path / "eight.nf4", CompileOptions(jobs=8, verify=True))
-    monkeypatch.setattr(encode, "MAX_SCALES_BYTES", 0)  # scales in a file, as for the largest tensors
+    monkeypatch.setattr(emit, "Scratch", partial(Scratch, budget_bytes=0))  # as for the largest tensors
     compile_checkpoint(sizable(3), tmp_path / "shards.nf4", CompileOptions(jobs=3))
     expected = (tmp_path / "one.nf4").read_bytes()
     assert (tmp_path / "eight.nf4").read_bytes() == expected

@@ -33,12 +33,12 @@ def model(write_checkpoint: Write, random_tensors: Tensors) -> Path:
 def _with_encoder(monkeypatch: pytest.MonkeyPatch, change: Callable[[int, np.ndarray], None]) -> None:
     """Let the encoder change codes before they are written: (index of the first value, codes)."""
 
-    def changed(source, write_codes, threads, scratch_dir):  # type: ignore[no-untyped-def]
+    def changed(source, write_codes, threads, scales):  # type: ignore[no-untyped-def]
         def write(start: int, codes: np.ndarray) -> None:
             change(start, codes)
             write_codes(start, codes)
 
-        return encode.encode_absmax(source, write, threads, scratch_dir)
+        return encode.encode_absmax(source, write, threads, scales)
 
     monkeypatch.setitem(encode.ENCODERS, 0, changed)
 
