@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -247,3 +249,23 @@ def test_progress_tells_of_every_byte_once(sizable: Callable[..., Path], tmp_pat
     )
     assert sum(step for step, _ in seen) == summary.source_bytes
     assert {total for _, total in seen} == {summary.source_bytes}
+
+
+def test_memory_does_not_grow_with_the_model(write_checkpoint: Write, tmp_path: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path\n"
+        "from qcompile.pipeline import CompileOptions, compile_checkpoint\n"
+        "compile_checkpoint(sys.argv[1], sys.argv[2], CompileOptions(jobs=2))\n"
+        "status = Path('/proc/self/status').read_text()\n"
+        "print(next(line.split()[1] for line in status.splitlines() if line.startswith('VmHWM')))"
+    )
+    peaks = []
+    for mib in (4, 160):
+        tensors = {
+            f"layers.{i}.up_proj.weight": torch.ones(2048, 2048).bfloat16() for i in range(mib // 8 or 1)
+        }
+        model = write_checkpoint(tensors, name=f"model{mib}")
+        command = [sys.executable, "-c", program, str(model), str(tmp_path / f"{mib}.nf4")]
+        peaks.append(int(subprocess.run(command, capture_output=True, check=True).stdout) * 1024)
+    assert peaks[1] - peaks[0] < 16 << 20
+    assert peaks[1] < 160 << 20
