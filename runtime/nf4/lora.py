@@ -92,8 +92,8 @@ class LoRALinear(nn.Module):
         self.base = base
         self.rank, self.alpha, self.dropout, self.rslora = rank, alpha, dropout, rslora
         self.scaling = alpha / (math.sqrt(rank) if rslora else rank)
-        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features))
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank))
+        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, dtype=torch.float32))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, dtype=torch.float32))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5), generator=generator)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,11 @@ from nf4.config import ModelConfig
 from nf4.decoder import CausalLM
 from nf4.errors import LoadError, TrainError
 from nf4.lora import LoraConfig, add_lora, lora_layers
+from nf4format.adapter import read_adapter
+from nf4format.container import Nf4File
 from nf4format.errors import FormatError
+from qcompile.options import CompileOptions
+from qcompile.pipeline import compile_checkpoint
 
 IDS = torch.tensor([[1, 17, 33, 250, 4, 9, 77]])
 
@@ -239,3 +244,48 @@ def test_sixteen_bit_weights_become_fp32_and_a_second_adapter_is_refused(
     assert {p.dtype for _, layer in lora_layers(ours) for p in layer.parameters()} == {torch.float32}
     with pytest.raises(LoadError, match="has an adapter already"):
         load_adapter(ours, adapter_path)
+
+
+def packed(folder: Path, out: Path, model: CausalLM, **options: Any) -> CausalLM:
+    """A dense stand-in for the checkpoint, standing on the file compiled from it."""
+    compile_checkpoint(folder, out, CompileOptions(**options))
+    base = copy.deepcopy(model)
+    base.source = Nf4File.open(out)
+    return base
+
+
+def test_adapter_stays_with_its_base(
+    ours: CausalLM, make_checkpoint: Callable[..., Path], small_config: dict[str, Any], tmp_path: Path
+) -> None:
+    sizes = {key: small_config[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers")}
+    checkpoint, other = make_checkpoint("llama", seed=0, **sizes), make_checkpoint("llama", seed=1, **sizes)
+    base = packed(checkpoint, tmp_path / "a.nf4", ours)
+    same = packed(checkpoint, tmp_path / "b.nf4", ours)
+    recompiled = packed(checkpoint, tmp_path / "c.nf4", ours, exclude=("*",))
+    foreign = packed(other, tmp_path / "d.nf4", ours)
+    save_adapter(trained(base, LoraConfig(rank=4)), tmp_path / "adapter")
+
+    load_adapter(same, tmp_path / "adapter")
+    with pytest.raises(
+        LoadError, match=r"same checkpoint compiled with other options, expected base .*c\.nf4 = "
+    ):
+        load_adapter(recompiled, tmp_path / "adapter")
+    with pytest.raises(
+        LoadError, match=r"trained on another base, .*; use the file it was trained on, or force"
+    ):
+        load_adapter(foreign, tmp_path / "adapter")
+    load_adapter(foreign, tmp_path / "adapter", force=True)
+    load_adapter(ours, tmp_path / "adapter")  # a dense model names no base to compare with
+    for model in (base, same, recompiled, foreign):
+        assert model.source is not None
+        model.source.close()
+
+
+def test_adapter_without_a_base_is_not_asked_for_one(
+    ours: CausalLM, adapter_path: Path, make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    assert read_adapter(adapter_path).metadata == {"format": "pt"}
+    base = packed(make_checkpoint("llama"), tmp_path / "a.nf4", ours)
+    load_adapter(base, adapter_path)
+    assert base.source is not None
+    base.source.close()

@@ -108,7 +108,7 @@ def command(file: Path, **given: Any) -> None:
     import torch
     from tqdm import tqdm
 
-    from ..load import load
+    from ..loading import load
     from ..lora import ALL_LINEAR, LoraConfig
     from ..tokenizer import Tokenizer
     from ..train import TrainOptions, check_options, perplexity_of, train

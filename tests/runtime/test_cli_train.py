@@ -1,0 +1,96 @@
+"""`nf4 train` as a user runs it: on a compiled file, from the command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import decoders, models, pre_tokenizers, processors
+
+import nf4
+from nf4.cli.train import ByteSize, command
+from nf4format.errors import Nf4Error
+from qcompile.options import CompileOptions
+from qcompile.pipeline import compile_checkpoint
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A byte-level tokenizer with BOS 1 and EOS 2, 259 tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: index for index, token in enumerate(["<unk>", "<s>", "</s>", *alphabet])}
+    tokenizer = FastTokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+@pytest.fixture
+def packed(make_checkpoint: Callable[..., Path], tmp_path: Path) -> Path:
+    folder = make_checkpoint("llama", hidden_size=64, intermediate_size=96, num_hidden_layers=2)
+    write_tokenizer(folder)
+    compile_checkpoint(folder, tmp_path / "model.nf4", CompileOptions())
+    return tmp_path / "model.nf4"
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(command, [str(argument) for argument in arguments])
+
+
+def test_trains_on_rows_and_text_and_the_adapter_loads(packed: Path, tmp_path: Path) -> None:
+    rows, text = tmp_path / "rows.jsonl", tmp_path / "text.txt"
+    rows.write_text(
+        "".join(json.dumps({"prompt": f"{n}+1=", "completion": str(n + 1)}) + "\n" for n in range(20))
+    )
+    text.write_text("one two three four five " * 20)
+    out = tmp_path / "adapter"
+    result = run(
+        packed, "--data", rows, "--data", text, "--eval-fraction", 0.2, "--out", out, "--steps", 8,
+        "--lr", 0.01, "--seq-len", 32, "--rank", 4, "--target", "q_proj", "--target", "mlp.*", "--page-budget", "4K",
+        "--eval-every", 4, "--save-every", 4,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    before, after = map(float, result.output.split("evaluation perplexity")[1].split("\n")[0].split("->"))
+    assert after < before
+    assert f"adapter                {out}" in result.output
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["down_proj", "gate_proj", "q_proj", "up_proj"]
+    assert len((tmp_path / "adapter.jsonl").read_text().splitlines()) == 8 + 3
+    nf4.load(packed, adapter=out)
+    again = run(packed, "--data", text, "--out", out)
+    assert isinstance(again.exception, Nf4Error)  # the group turns it into one line and status 1
+    assert str(again.exception) == f"{out}: exists already; choose another name or pass --force"
+
+
+def test_sixteen_bit_arithmetic_and_checkpointing(packed: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("one two three four five " * 20)
+    result = run(
+        packed, "--data", tmp_path / "text.txt", "--out", tmp_path / "a", "--steps", 2, "--seq-len", 32,
+        "--dtype", "bfloat16", "--checkpointing", "--dropout", 0.1, "--log", tmp_path / "log",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert len((tmp_path / "log").read_text().splitlines()) == 2
+
+
+def test_help_teaches_and_bad_arguments_are_told(packed: Path, tmp_path: Path) -> None:
+    help_text = run("--help").output
+    assert "nf4 train model.nf4 --data book.txt --out my-adapter" in help_text
+    assert "[default: cosine]" in help_text
+    result = run(packed, "--data", tmp_path / "missing.txt", "--out", tmp_path / "a")
+    assert result.exit_code == 2
+    assert "missing.txt' does not exist" in result.output
+    result = run(packed, "--data", packed, "--out", tmp_path / "a", "--page-budget", "lots")
+    assert "'lots' is not a size; write for example 64M" in result.output
+
+
+def test_sizes() -> None:
+    texts = ("4096", "64k", "1.5M", "2GiB", "3GB")
+    sizes = [ByteSize().convert(text, None, None) for text in texts]
+    assert sizes == [4096, 64 << 10, 3 << 19, 2 << 30, 3 << 30]
