@@ -265,3 +265,19 @@ def test_open_costs_the_same_whatever_the_size(tmp_path: Path) -> None:
     tracemalloc.stop()
     assert peak < 16 << 20
     assert seconds < 1
+
+
+def test_open_from_a_descriptor(pack: Pack, tmp_path: Path) -> None:
+    """As a writer checks its file before the rename; the descriptor stays the caller's, also after a failure."""
+    path = pack()
+    fd = os.open(path, os.O_RDONLY)
+    path.rename(tmp_path / "elsewhere")
+    try:
+        with Nf4File.from_descriptor(fd, "named.nf4") as file:
+            assert file.verify() == []
+        os.truncate(tmp_path / "elsewhere", 5000)
+        with pytest.raises(FormatError, match=r"named\.nf4: the file is cut short"):
+            Nf4File.from_descriptor(fd, "named.nf4")
+        assert os.fstat(fd).st_size == 5000
+    finally:
+        os.close(fd)
