@@ -130,12 +130,12 @@ def test_interrupted_leaves_nothing(model: Path, tmp_path: Path, signum: int) ->
     out = tmp_path / "out.nf4"
     # A level that waits forever after its first chunk, so that the signal surely comes in the middle.
     program = """
-import itertools, sys, time
+import itertools, os, time
 from qcompile import cli, encode
 def slow(source, write_codes, threads, scales):
     for _ in itertools.count():
         next(iter(source.chunks()))
-        print("encoding", flush=True)
+        os.write(1, b"encoding\\n")  # at once: several threads write
         time.sleep(0.05)
 encode.ENCODERS[0] = slow
 cli.main()
