@@ -75,7 +75,8 @@ def check_nesting(value: Any) -> None:
             for child in (parent.values() if isinstance(parent, dict) else parent)
             if isinstance(child, dict | list)
         ]
-    raise ValueError(f"nested deeper than {MAX_NESTING} levels")
+    if level:
+        raise ValueError(f"nested deeper than {MAX_NESTING} levels")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ import pytest
 from nf4format.atomic import AtomicFile
 from nf4format.codebook import NESTED_MAP, NF4_LEVELS
 from nf4format.container import config_sha256, seal
-from nf4format.header import tensor_bytes
-from nf4format.layout import QUANT_STATE, KeptSpec, Layout, PackedSpec, plan_layout, quant_state_json
+from nf4format.dtypes import element_bytes
+from nf4format.header import Header, TensorEntry, encode_header, header_json, read_header, tensor_bytes
+from nf4format.layout import PAGE, QUANT_STATE, KeptSpec, Layout, PackedSpec, plan_layout, quant_state_json
+from nf4format.sums import SUMS_NAME, compute_sums, sums_bytes
 
 CONFIG = b'{"model_type": "llama", "hidden_size": 64}'
 FILES = {"config.json": CONFIG, "tokenizer.json": b'{"model": {"type": "BPE"}}'}
@@ -31,6 +34,7 @@ KEPT = (
     KeptSpec("scalar", "F64", ()),
     KeptSpec("flags", "BOOL", (5,)),
 )
+RawTensor = tuple[str, list[int], bytes]
 ALIASES = {"lm_head.weight": "model.embed_tokens.weight"}
 
 
@@ -91,6 +95,87 @@ def random_content(layout: Layout, files: Mapping[str, bytes], seed: int) -> dic
     for name, data in files.items():
         content[f"__file__/{name}"] = data
     return content
+
+
+class Draft:
+    """A .nf4 file taken apart: change it, then write it with fresh offsets and sums.
+
+    Attributes:
+        tensors: name -> (dtype, shape, bytes), in file order.
+        metadata: as in the file.
+        page: what the data region is aligned to.
+        fresh_sums: replace the table of sums when writing.
+    """
+
+    def __init__(self, path: Path, weight: str) -> None:
+        content = path.read_bytes()
+        header = read_header(path, strict=True)
+        self.metadata = dict(header.metadata)
+        self.tensors: dict[str, RawTensor] = {
+            name: (entry.dtype, list(entry.shape), content[entry.begin : entry.end])
+            for name, entry in header.entries.items()
+        }
+        self.page = PAGE
+        self._state = weight + QUANT_STATE
+        self.fresh_sums = True
+
+    def state(self, **changes: object) -> None:
+        """Change fields of the weight's quant_state; a field set to ... is removed."""
+        fields = json.loads(self.tensors[self._state][2]) | changes
+        kept = {key: value for key, value in fields.items() if value is not ...}
+        self.state_text(json.dumps(kept).encode())
+
+    def state_text(self, text: bytes) -> None:
+        self.tensors[self._state] = ("U8", [len(text)], text)
+
+    def move(self, name: str, before: str) -> None:
+        tensor = self.tensors.pop(name)
+        items = list(self.tensors.items())
+        at = list(self.tensors).index(before)
+        self.tensors = dict([*items[:at], (name, tensor), *items[at:]])
+
+    def rename(self, old: str, new: str) -> None:
+        self.tensors = {new if name == old else name: tensor for name, tensor in self.tensors.items()}
+
+    def write(self, path: Path) -> None:
+        self.tensors = _with_pads(self.tensors)
+        if self.fresh_sums and SUMS_NAME in self.tensors:
+            covered = sum(len(data) for name, (_, _, data) in self.tensors.items() if name != SUMS_NAME)
+            size = sums_bytes(covered, sum(name.startswith("__file__/") for name in self.tensors))
+            self.tensors[SUMS_NAME] = ("U8", [size], bytes(size))
+        planned, position = [], 0
+        for name, (dtype, shape, data) in self.tensors.items():
+            planned.append(TensorEntry(name, dtype, tuple(shape), position, position + len(data)))
+            position += len(data)
+        start = -(-(8 + len(header_json(self.metadata, planned, 0))) // self.page) * self.page
+        entries = {e.name: replace(e, begin=e.begin + start, end=e.end + start) for e in planned}
+        header = encode_header(self.metadata, entries.values(), start)
+        path.write_bytes(header + b"".join(data for _, _, data in self.tensors.values()))
+        if self.fresh_sums and list(self.tensors)[-1] == SUMS_NAME:
+            with path.open("r+b") as file:
+                table = compute_sums(file.fileno(), Header(entries, self.metadata, start, start + position))
+                file.seek(entries[SUMS_NAME].begin)
+                file.write(table)
+
+
+def _with_pads(tensors: dict[str, RawTensor]) -> dict[str, RawTensor]:
+    """Pads wherever a changed size would leave what follows misaligned."""
+    padded: dict[str, RawTensor] = {}
+    position = 0
+    for name, tensor in tensors.items():
+        gap = -position % element_bytes(tensor[0])
+        if gap:
+            padded[f"__pad__.9{len(padded)}"] = ("U8", [gap], bytes(gap))
+        padded[name] = tensor
+        position += gap + len(tensor[2])
+    return padded
+
+
+@pytest.fixture
+def draft(pack: Callable[..., Path]) -> Callable[[], Draft]:
+    """A function that takes a good small file apart; `state` edits its ragged weight."""
+    path = pack()
+    return lambda: Draft(path, PACKED[1].name)
 
 
 @pytest.fixture

@@ -362,7 +362,7 @@ def test_not_a_directory(single: Path, tmp_path: Path) -> None:
     for path, message in {
         tmp_path / "missing": "no such directory",
         single / "model.safetensors": "expected a checkpoint directory, got a file",
-        Path("a\0b"): "",
+        Path("a\0b"): "cannot be opened|no such directory",
     }.items():
         with pytest.raises(FormatError, match=message):
             Checkpoint.open(path)

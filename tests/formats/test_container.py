@@ -268,7 +268,7 @@ def test_open_costs_the_same_whatever_the_size(tmp_path: Path) -> None:
 
 
 def test_open_from_a_descriptor(pack: Pack, tmp_path: Path) -> None:
-    """As a writer checks its file before the rename; the descriptor stays the caller's, also after a failure."""
+    """As a writer checks its file before the rename; the descriptor stays the caller's."""
     path = pack()
     fd = os.open(path, os.O_RDONLY)
     path.rename(tmp_path / "elsewhere")

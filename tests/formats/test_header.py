@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 import safetensors
 
+from nf4format import header as header_module
 from nf4format.errors import FormatError
-from nf4format.header import MAX_DIM, MAX_TENSORS, TensorEntry, encode_header, read_header
+from nf4format.header import MAX_DIM, TensorEntry, encode_header, read_header
 
 META = {"format": "pt"}
 A = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
@@ -253,10 +254,16 @@ def test_memory_is_bounded_by_the_header(tensor_file: Callable[..., Path]) -> No
     assert peak < 1 << 20
 
 
-def test_too_many_tensors(tensor_file: Callable[..., Path]) -> None:
-    header = {f"t{i}": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for i in range(MAX_TENSORS + 1)}
-    with pytest.raises(FormatError, match=f"too many tensors, expected at most {MAX_TENSORS}"):
-        read_header(tensor_file(header), strict=False)
+def test_too_many_tensors(tensor_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(header_module, "MAX_TENSORS", 100)
+    for count in (100, 101):
+        header = {f"t{i}": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for i in range(count)}
+        path = tensor_file(header)
+        if count == 100:
+            assert len(read_header(path, strict=False).entries) == 100
+        else:
+            with pytest.raises(FormatError, match="too many tensors, expected at most 100, got 101"):
+                read_header(path, strict=False)
 
 
 def test_encode_header_is_read_back(tmp_path: Path) -> None:
@@ -357,45 +364,3 @@ def test_what_we_accept_safetensors_accepts_equally(strict: bool) -> None:
     finally:
         os.close(fd)
     assert accepted > (300 if strict else 1000)
-
-
-# The cases of JSON parsing test suites that a lenient parser lets through, as a value in the metadata.
-@pytest.mark.parametrize(
-    "value",
-    [
-        b"'x'",
-        b'"\\x41"',
-        b'"\\u12"',
-        b'"\\"',
-        b'"\x1f"',
-        b'"a" "b"',
-        b'"\\ud83d"',
-        b'"\\ud83d\\u0041"',
-        b'"\xf4\x90\x80\x80"',
-        b'"\xc0\xaf"',
-        b'"',
-        b"",
-        b"tru",
-        b"+1",
-        b".5",
-        b"0x10",
-        b"01",
-        b"1.",
-        b"1e",
-        b"Infinity",
-    ],
-)
-def test_lenient_json_is_refused(tensor_file: Callable[..., Path], value: bytes) -> None:
-    header = text(GOOD).replace(b'"pt"', value)
-    path = tensor_file(header, DATA)
-    with pytest.raises(FormatError):
-        read_header(path, strict=False)
-    with pytest.raises(safetensors.SafetensorError):
-        safetensors.deserialize(path.read_bytes())
-
-
-def test_escapes_that_are_fine(tensor_file: Callable[..., Path]) -> None:
-    header = text(GOOD).replace(b'"pt"', b'"\\ud83d\\ude00 \\\\ud800 \\u00e9 \xc3\xa9"')
-    assert read_header(tensor_file(header, DATA), strict=False).metadata["format"] == (
-        "\N{GRINNING FACE} \\ud800 \u00e9 \u00e9"
-    )

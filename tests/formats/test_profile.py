@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,104 +14,31 @@ import safetensors
 
 from nf4format.codebook import NESTED_MAP, NF4_LEVELS
 from nf4format.container import Nf4File, config_sha256
-from nf4format.dtypes import element_bytes
 from nf4format.errors import FormatError
-from nf4format.header import Header, TensorEntry, encode_header, header_json, read_header
-from nf4format.layout import PAGE, QUANT_STATE
-from nf4format.sums import SUMS_NAME, compute_sums, encode_sums, sums_bytes
+from nf4format.header import Header, TensorEntry, read_header
+from nf4format.layout import QUANT_STATE
+from nf4format.sums import SUMS_NAME, encode_sums
 
 X = "model.layers.0.ragged.weight"  # float16 [7, 19]: 133 elements, 67 bytes of codes, 3 blocks
 STATE = X + QUANT_STATE
 
-
-@dataclass
-class Tensor:
-    dtype: str
-    shape: list[int]
-    data: bytes
+RawTensor = tuple[str, list[int], bytes]
+Edit = Callable[[Any], None]  # of a Draft, which conftest.py makes
+MakeDraft = Callable[[], Any]
 
 
-class Draft:
-    """A .nf4 file taken apart: change `tensors` and `metadata`, then write it with fresh offsets and sums."""
-
-    def __init__(self, path: Path) -> None:
-        content = path.read_bytes()
-        header = read_header(path, strict=True)
-        self.metadata = dict(header.metadata)
-        self.tensors = {
-            name: Tensor(entry.dtype, list(entry.shape), content[entry.begin : entry.end])
-            for name, entry in header.entries.items()
-        }
-        self.page = PAGE
-        self.fresh_sums = True
-
-    def state(self, **changes: object) -> None:
-        """Change fields of the quant_state; a field set to ... is removed."""
-        fields = json.loads(self.tensors[STATE].data) | changes
-        self.state_text(
-            json.dumps({key: value for key, value in fields.items() if value is not ...}).encode()
-        )
-
-    def state_text(self, text: bytes) -> None:
-        self.tensors[STATE] = Tensor("U8", [len(text)], text)
-
-    def move(self, name: str, before: str) -> None:
-        tensor = self.tensors.pop(name)
-        items = list(self.tensors.items())
-        at = list(self.tensors).index(before)
-        self.tensors = dict([*items[:at], (name, tensor), *items[at:]])
-
-    def rename(self, old: str, new: str) -> None:
-        self.tensors = {new if name == old else name: tensor for name, tensor in self.tensors.items()}
-
-    def write(self, path: Path) -> None:
-        self.tensors = with_pads(self.tensors)
-        if self.fresh_sums and SUMS_NAME in self.tensors:
-            before = [tensor for name, tensor in self.tensors.items() if name != SUMS_NAME]
-            files = sum(name.startswith("__file__/") for name in self.tensors)
-            size = sums_bytes(sum(len(tensor.data) for tensor in before), files)
-            self.tensors[SUMS_NAME] = Tensor("U8", [size], bytes(size))
-        entries, position = [], 0
-        for name, tensor in self.tensors.items():
-            shape = tuple(tensor.shape)
-            entries.append(TensorEntry(name, tensor.dtype, shape, position, position + len(tensor.data)))
-            position += len(tensor.data)
-        start = -(-(8 + len(header_json(self.metadata, entries, 0))) // self.page) * self.page
-        moved = [TensorEntry(e.name, e.dtype, e.shape, e.begin + start, e.end + start) for e in entries]
-        text = encode_header(self.metadata, moved, start)
-        path.write_bytes(text + b"".join(tensor.data for tensor in self.tensors.values()))
-        if self.fresh_sums and list(self.tensors)[-1] == SUMS_NAME:
-            header = Header({e.name: e for e in moved}, self.metadata, start, start + position)
-            with path.open("r+b") as file:
-                table = compute_sums(file.fileno(), header)
-                os.pwrite(file.fileno(), table, moved[-1].begin)
+def floats(*values: float) -> RawTensor:
+    return ("F32", [len(values)], np.array(values, np.float32).tobytes())
 
 
-def with_pads(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Pads wherever a changed size would leave what follows misaligned."""
-    padded: dict[str, Tensor] = {}
-    position = 0
-    for name, tensor in tensors.items():
-        gap = -position % element_bytes(tensor.dtype)
-        if gap:
-            padded[f"__pad__.9{len(padded)}"] = Tensor("U8", [gap], bytes(gap))
-        padded[name] = tensor
-        position += gap + len(tensor.data)
-    return padded
-
-
-def floats(*values: float) -> Tensor:
-    return Tensor("F32", [len(values)], np.array(values, np.float32).tobytes())
-
-
-def altered(table: np.ndarray, index: int, value: float) -> Tensor:
+def altered(table: np.ndarray, index: int, value: float) -> RawTensor:
     changed = table.copy()
     changed[index] = value
     return floats(*changed)
 
 
-def metadata(**changes: str | None) -> Callable[[Draft], None]:
-    def edit(draft: Draft) -> None:
+def metadata(**changes: str | None) -> Edit:
+    def edit(draft: Any) -> None:
         for key, value in changes.items():
             if value is None:
                 del draft.metadata["nf4." + key]
@@ -122,10 +48,10 @@ def metadata(**changes: str | None) -> Callable[[Draft], None]:
     return edit
 
 
-def store(name: str, tensor: Tensor) -> Callable[[Draft], None]:
+def store(name: str, tensor: RawTensor) -> Edit:
     """Replace a tensor, or add one in front of the embedded files."""
 
-    def edit(draft: Draft) -> None:
+    def edit(draft: Any) -> None:
         known = name in draft.tensors
         draft.tensors[name] = tensor
         if not known:
@@ -134,49 +60,49 @@ def store(name: str, tensor: Tensor) -> Callable[[Draft], None]:
     return edit
 
 
-def state(**changes: object) -> Callable[[Draft], None]:
+def state(**changes: object) -> Edit:
     return lambda draft: draft.state(**changes)
 
 
-def state_text(change: Callable[[bytes], bytes]) -> Callable[[Draft], None]:
-    return lambda draft: draft.state_text(change(draft.tensors[STATE].data))
+def state_text(change: Callable[[bytes], bytes]) -> Edit:
+    return lambda draft: draft.state_text(change(draft.tensors[STATE][2]))
 
 
-def config(text: bytes, *, honest: bool = True) -> Callable[[Draft], None]:
-    def edit(draft: Draft) -> None:
-        draft.tensors["__file__/config.json"] = Tensor("U8", [len(text)], text)
+def config(text: bytes, *, honest: bool = True) -> Edit:
+    def edit(draft: Any) -> None:
+        draft.tensors["__file__/config.json"] = ("U8", [len(text)], text)
         if honest:
             draft.metadata["nf4.config_sha256"] = config_sha256(text)
 
     return edit
 
 
-def without(name: str) -> Callable[[Draft], None]:
-    def edit(draft: Draft) -> None:
+def without(name: str) -> Edit:
+    def edit(draft: Any) -> None:
         del draft.tensors[name]
 
     return edit
 
 
-def sums_tensor(change: Callable[[bytes], bytes]) -> Callable[[Draft], None]:
-    def edit(draft: Draft) -> None:
+def sums_tensor(change: Callable[[bytes], bytes]) -> Edit:
+    def edit(draft: Any) -> None:
         draft.fresh_sums = False
-        data = change(draft.tensors[SUMS_NAME].data)
-        draft.tensors[SUMS_NAME] = Tensor("U8", [len(data)], data)
+        data = change(draft.tensors[SUMS_NAME][2])
+        draft.tensors[SUMS_NAME] = ("U8", [len(data)], data)
 
     return edit
 
 
-def unordered(draft: Draft) -> None:
+def unordered(draft: Any) -> None:
     draft.metadata = {"nf4.version": "1", **draft.metadata}
 
 
-def small_page(draft: Draft) -> None:
+def small_page(draft: Any) -> None:
     draft.page = 64
 
 
 # id -> (edit, pattern of the message)
-BAD: dict[str, tuple[Callable[[Draft], None], str]] = {
+BAD: dict[str, tuple[Edit, str]] = {
     "version missing": (metadata(version=None), "no nf4.version .* ordinary safetensors.*; compile"),
     "version 2": (metadata(version="2"), "expected '1', got '2'; the file needs a newer reader"),
     "version 0": (metadata(version="0"), "expected '1', got '0'"),
@@ -205,14 +131,14 @@ BAD: dict[str, tuple[Callable[[Draft], None], str]] = {
         "'.*ragged.weight': its companion '.*weight.absmax' is missing",
     ),
     "nested map missing": (without(X + ".nested_quant_map"), "companion '.*nested_quant_map' is missing"),
-    "codes flat": (store(X, Tensor("U8", [67], bytes(67))), r"expected U8 \[bytes, 1\], got U8 \[67\]"),
+    "codes flat": (store(X, ("U8", [67], bytes(67))), r"expected U8 \[bytes, 1\], got U8 \[67\]"),
     "codes I8": (
-        store(X, Tensor("I8", [67, 1], bytes(67))),
+        store(X, ("I8", [67, 1], bytes(67))),
         r"'.*ragged.weight': not the codes .* I8 \[67, 1\]",
     ),
-    "codes empty": (store(X, Tensor("U8", [0, 1], b"")), "not the codes of a weight"),
+    "codes empty": (store(X, ("U8", [0, 1], b"")), "not the codes of a weight"),
     "absmax off by one": (
-        store(X + ".absmax", Tensor("U8", [4], bytes(4))),
+        store(X + ".absmax", ("U8", [4], bytes(4))),
         r"absmax'.*expected U8 \[3\], got U8 \[4",
     ),
     "absmax F32": (store(X + ".absmax", floats(1, 2, 3)), r"expected U8 \[3\], got F32 \[3\]"),
@@ -287,19 +213,19 @@ BAD: dict[str, tuple[Callable[[Draft], None], str]] = {
         "'__pad__.7': one dimension of U8|expected one dim",
     ),
     "pad with a program": (
-        store("__pad__.7", Tensor("U8", [5], b"\x7fELF\0")),
+        store("__pad__.7", ("U8", [5], b"\x7fELF\0")),
         "a pad holds bytes other than zero",
     ),
     "pad of 2 MB": (
-        store("__pad__.7", Tensor("U8", [1 << 21], bytes(1 << 21))),
+        store("__pad__.7", ("U8", [1 << 21], bytes(1 << 21))),
         "not a pad, expected 1 to 4095",
     ),
-    "pad without number": (store("__pad__.x", Tensor("U8", [5], bytes(5))), "'__pad__.x': not a pad"),
-    "unknown reserved name": (store("__nf4__.flags", Tensor("U8", [5], bytes(5))), "version 1 does not have"),
-    "file not on the list": (store("__file__/setup.py", Tensor("U8", [5], b"pass\n")), "may be embedded"),
-    "file outside": (store("__file__/.ssh/authorized_keys", Tensor("U8", [1], b"k")), "may be embedded"),
+    "pad without number": (store("__pad__.x", ("U8", [5], bytes(5))), "'__pad__.x': not a pad"),
+    "unknown reserved name": (store("__nf4__.flags", ("U8", [5], bytes(5))), "version 1 does not have"),
+    "file not on the list": (store("__file__/setup.py", ("U8", [5], b"pass\n")), "may be embedded"),
+    "file outside": (store("__file__/.ssh/authorized_keys", ("U8", [1], b"k")), "may be embedded"),
     "file too large": (
-        store("__file__/chat_template.jinja", Tensor("U8", [(4 << 20) + 1], bytes((4 << 20) + 1))),
+        store("__file__/chat_template.jinja", ("U8", [(4 << 20) + 1], bytes((4 << 20) + 1))),
         "'__file__/chat_template.jinja': too large, expected at most 4194304 bytes, got 4194305",
     ),
     "config missing": (without("__file__/config.json"), "no embedded config.json"),
@@ -324,12 +250,12 @@ BAD: dict[str, tuple[Callable[[Draft], None], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_refused(pack: Callable[..., Path], tmp_path: Path, case: str) -> None:
+def test_refused(draft: MakeDraft, tmp_path: Path, case: str) -> None:
     edit, pattern = BAD[case]
-    draft = Draft(pack())
-    edit(draft)
+    bad = draft()
+    edit(bad)
     path = tmp_path / "bad.nf4"
-    draft.write(path)
+    bad.write(path)
     safetensors.safe_open(path, "np")  # nothing is wrong with it as a safetensors file
     with pytest.raises(FormatError, match=pattern) as caught:
         Nf4File.open(path)
@@ -338,27 +264,26 @@ def test_refused(pack: Callable[..., Path], tmp_path: Path, case: str) -> None:
     assert "; " in str(caught.value)
 
 
-def test_unchanged_draft_is_accepted(pack: Callable[..., Path], tmp_path: Path) -> None:
+def test_unchanged_draft_is_accepted(pack: Callable[..., Path], draft: MakeDraft, tmp_path: Path) -> None:
     """The table above proves nothing if a rewritten file were refused anyway."""
-    path = pack()
-    draft = Draft(path)
-    draft.write(tmp_path / "same.nf4")
-    assert (tmp_path / "same.nf4").read_bytes() == path.read_bytes()
-    draft.tensors[X + ".nested_absmax"] = floats(0.0)  # a zero scale is legal
-    draft.state(nested_offset=-0.5)  # so are negative ones
-    draft.write(tmp_path / "legal.nf4")
+    legal = draft()
+    legal.write(tmp_path / "same.nf4")
+    assert (tmp_path / "same.nf4").read_bytes() == pack().read_bytes()
+    legal.tensors[X + ".nested_absmax"] = floats(0.0)  # a zero scale is legal
+    legal.state(nested_offset=-0.5)  # so are negative ones
+    legal.write(tmp_path / "legal.nf4")
     with Nf4File.open(tmp_path / "legal.nf4") as file:
         assert file.packed(X).nested_offset == -0.5
 
 
-def test_other_maps_only_when_allowed(pack: Callable[..., Path], tmp_path: Path) -> None:
-    draft = Draft(pack())
-    draft.tensors[X + ".quant_map"] = altered(NF4_LEVELS, 3, -0.4)
-    draft.write(tmp_path / "map.nf4")
+def test_other_maps_only_when_allowed(draft: MakeDraft, tmp_path: Path) -> None:
+    other = draft()
+    other.tensors[X + ".quant_map"] = altered(NF4_LEVELS, 3, -0.4)
+    other.write(tmp_path / "map.nf4")
     with Nf4File.open(tmp_path / "map.nf4", allow_maps=True) as file:
         assert file.packed(X).quant_map[3] == np.float32(-0.4)
-    draft.tensors[X + ".quant_map"] = altered(NF4_LEVELS, 3, np.inf)
-    draft.write(tmp_path / "map.nf4")
+    other.tensors[X + ".quant_map"] = altered(NF4_LEVELS, 3, np.inf)
+    other.write(tmp_path / "map.nf4")
     with pytest.raises(FormatError, match="quant_map': not the quant_map of NF4"):
         Nf4File.open(tmp_path / "map.nf4", allow_maps=True)
 
@@ -383,39 +308,38 @@ def test_table_of_another_layout(pack: Callable[..., Path]) -> None:
         Nf4File.open(path)
 
 
-def test_random_edits_are_refused_or_harmless(pack: Callable[..., Path], tmp_path: Path) -> None:
+def mutate(draft: Any, rng: random.Random) -> None:
+    """One change of a name, the content, the shape, the order or the metadata."""
+    name = rng.choice(list(draft.tensors))
+    dtype, shape, data = draft.tensors[name]
+    change = rng.randrange(6)
+    if change == 0:
+        new = rng.choice([name + ".absmax", X + "2", "__pad__.9", "__file__/merges.txt"])
+        draft.rename(name, new)
+    elif change == 1:
+        del draft.tensors[name]
+    elif change == 2 and data:
+        at = rng.randrange(len(data))
+        draft.tensors[name] = (dtype, shape, data[:at] + rng.randbytes(1) + data[at + 1 :])
+    elif change == 3:
+        draft.tensors[name] = (dtype, [*shape, 1], data)
+    elif change == 4:
+        draft.move(name, before=rng.choice([other for other in draft.tensors if other != name]))
+    else:
+        key = rng.choice(list(draft.metadata))
+        draft.metadata[key] = rng.choice(["", "1", "{}", "64", draft.metadata[key] + " "])
+
+
+def test_random_edits_are_refused_or_harmless(draft: MakeDraft, tmp_path: Path) -> None:
     """Structure-aware mutations with fresh sums: a typed error, or a file whose every weight can be read."""
     rng = random.Random(5)
-    good = pack()
     path = tmp_path / "mutant.nf4"
     accepted = 0
     for _ in range(400):
-        draft = Draft(good)
-        names = list(draft.tensors)
+        mutant = draft()
         for _ in range(rng.choice([1, 1, 2])):
-            name = rng.choice(names)
-            if name not in draft.tensors:
-                continue
-            tensor = draft.tensors[name]
-            change = rng.randrange(6)
-            if change == 0:
-                draft.rename(
-                    name, rng.choice([name + ".absmax", X + "2", "__pad__.9", "__file__/merges.txt"])
-                )
-            elif change == 1:
-                del draft.tensors[name]
-            elif change == 2 and tensor.data:
-                data = bytearray(tensor.data)
-                data[rng.randrange(len(data))] = rng.randrange(256)
-                tensor.data = bytes(data)
-            elif change == 3:
-                tensor.shape = [*tensor.shape, 1]
-            elif change == 4:
-                draft.move(name, before=rng.choice([other for other in draft.tensors if other != name]))
-            else:
-                key = rng.choice(list(draft.metadata))
-                draft.metadata[key] = rng.choice(["", "1", "{}", "64", draft.metadata[key] + " "])
-        draft.write(path)
+            mutate(mutant, rng)
+        mutant.write(path)
         try:
             file = Nf4File.open(path)
         except FormatError:
