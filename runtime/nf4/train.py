@@ -123,14 +123,8 @@ def train(
         WriteError: the adapter cannot be written.
     """
     check_options(options)
-    if options.seq_len > model.config.max_position_embeddings:
-        raise TrainError(
-            "",
-            "sequence length",
-            expected=f"at most the model's {model.config.max_position_embeddings} positions",
-            got=options.seq_len,
-        )
     training, evaluation = load_data(tokenizer, options, say)
+    _check_fit(model, options, training, evaluation)
     plan = StepPlan(training, options)
 
     torch.manual_seed(options.seed)  # dropout
@@ -340,6 +334,19 @@ def check_options(options: TrainOptions) -> None:
             raise TrainError(path, f"{parent} is not writable", remedy="choose another place")
         if os.path.lexists(path) and not options.force:
             raise TrainError(path, "exists already", remedy="choose another name or pass --force")
+
+
+def _check_fit(model: CausalLM, options: TrainOptions, *datasets: Dataset | None) -> None:
+    positions, vocab_size = model.config.max_position_embeddings, model.config.vocab_size
+    if options.seq_len > positions:
+        expected = f"at most the model's {positions} positions"
+        raise TrainError("", "sequence length", expected=expected, got=options.seq_len)
+    for dataset in datasets:
+        largest = max((int(example.ids.max()) for example in dataset.examples), default=0) if dataset else 0
+        if largest >= vocab_size:
+            expected = f"below the model's {vocab_size}"
+            remedy = "the tokenizer is not the model's"
+            raise TrainError("", "token id", expected=expected, got=largest, remedy=remedy)
 
 
 def _page_bytes(budget: int | None) -> int:

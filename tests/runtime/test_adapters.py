@@ -12,10 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import nf4
 from nf4.adapters import load_adapter, save_adapter
 from nf4.config import ModelConfig
 from nf4.decoder import CausalLM
 from nf4.errors import LoadError, TrainError
+from nf4.linear import NF4Linear
 from nf4.lora import LoraConfig, add_lora, lora_layers
 from nf4format.adapter import read_adapter
 from nf4format.container import Nf4File
@@ -289,3 +291,27 @@ def test_adapter_without_a_base_is_not_asked_for_one(
     load_adapter(base, adapter_path)
     assert base.source is not None
     base.source.close()
+
+
+def test_adapter_on_a_packed_base_computes_the_same_in_peft(
+    make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """PEFT on a transformers model that holds our decoded weights, in fp32."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    folder = make_checkpoint("llama", hidden_size=64, intermediate_size=96, num_hidden_layers=2)
+    compile_checkpoint(folder, tmp_path / "a.nf4", CompileOptions())
+    model = trained(nf4.load(tmp_path / "a.nf4", dtype="float32"), LoraConfig(rank=4, alpha=8))
+    save_adapter(model, tmp_path / "adapter")
+    dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    packed_layers = 0
+    for name, layer in lora_layers(model):
+        assert isinstance(layer.base, NF4Linear)
+        dense.get_submodule(name).weight.data.copy_(layer.base.dequantize())
+        packed_layers += 1
+    assert packed_layers == 14
+    theirs = PeftModel.from_pretrained(dense, tmp_path / "adapter").eval()
+    torch.testing.assert_close(theirs(IDS).logits, model(IDS), rtol=1e-4, atol=1e-4)
+    loaded = nf4.load(tmp_path / "a.nf4", dtype="float32", adapter=tmp_path / "adapter")
+    assert torch.equal(loaded(IDS), model(IDS))

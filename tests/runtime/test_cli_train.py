@@ -53,8 +53,8 @@ def test_trains_on_rows_and_text_and_the_adapter_loads(packed: Path, tmp_path: P
     out = tmp_path / "adapter"
     result = run(
         packed, "--data", rows, "--data", text, "--eval-fraction", 0.2, "--out", out, "--steps", 8,
-        "--lr", 0.01, "--seq-len", 32, "--rank", 4, "--target", "q_proj", "--target", "mlp.*", "--page-budget", "4K",
-        "--eval-every", 4, "--save-every", 4,
+        "--lr", 0.01, "--seq-len", 32, "--rank", 4, "--target", "q_proj", "--target", "mlp.*",
+        "--page-budget", "4K", "--eval-every", 4, "--save-every", 4,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     before, after = map(float, result.output.split("evaluation perplexity")[1].split("\n")[0].split("->"))

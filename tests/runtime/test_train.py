@@ -8,7 +8,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -21,7 +21,9 @@ from nf4.decoder import CausalLM
 from nf4.errors import TrainError
 from nf4.lora import LoraConfig, add_lora, lora_layers
 from nf4.optim import PagedAdamW
+from nf4.perplexity import encode_documents, perplexity
 from nf4.runlog import StopRequest
+from nf4.tokenizer import Tokenizer
 from nf4.train import StepPlan, TrainOptions, evaluate, train, train_step
 
 
@@ -203,6 +205,31 @@ def test_evaluation_is_the_mean_over_tokens_without_dropout(
         total -= sum(logits[at - 1, ids[at]].item() for at in range(first, len(ids)))
     assert evaluate(model, dataset, 2) == pytest.approx(total / dataset.num_labels, rel=1e-5)
     assert model.training
+
+
+def test_evaluation_agrees_with_the_perplexity_of_a_text(
+    make_model: Callable[[], CausalLM], options: TrainOptions
+) -> None:
+    model = make_model()
+    ids = encode_documents(cast(Tokenizer, TOKENIZER), TEXT)
+    expected = perplexity(model, ids, 32, bos_id=1)
+    dataset = load_dataset(options.data, TOKENIZER, 32)
+    assert dataset.num_labels == expected.tokens
+    assert evaluate(model, dataset, 4) == pytest.approx(expected.mean_nll, rel=1e-6)
+
+
+def test_token_outside_the_vocabulary_is_told(
+    make_model: Callable[[], CausalLM], options: TrainOptions
+) -> None:
+    class Foreign(ByteTokenizer):
+        def encode(self, text: str, special: bool = True) -> list[int]:
+            return [token + 200 for token in super().encode(text, special)]
+
+    options.data[0].write_text("\u00ff" * 40)
+    with pytest.raises(
+        TrainError, match="token id, expected below the model's 320, got 398; the tokenizer is not"
+    ):
+        train(make_model(), Foreign(), options)
 
 
 def test_plan_of_steps_and_epochs(options: TrainOptions) -> None:

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nf4.tokenizer import Tokenizer
 
 import nf4
 from nf4.lora import LoraConfig
+from nf4.tokenizer import Tokenizer
 from nf4.train import TrainOptions, train
 from qcompile.options import CompileOptions
 from qcompile.pipeline import compile_checkpoint

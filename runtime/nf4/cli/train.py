@@ -122,6 +122,7 @@ def command(file: Path, **given: Any) -> None:
     )
     check_options(options)  # before the seconds of loading and tokenizing
     model = load(file, dtype=given["dtype"])
+    assert model.source is not None  # load maps a file
     summary = train(
         model,
         Tokenizer.from_file(model.source),
