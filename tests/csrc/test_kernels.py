@@ -83,7 +83,7 @@ def test_quantize_equals_the_reference(n: int, dtype: Dtype, exponent: int, seed
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_quantize_of_all_bit_patterns(dtype: Dtype) -> None:
-    """Every 16-bit value (or float32 with such upper bits) in blocks of like magnitude, down to subnormals."""
+    """Every 16-bit value (or float32 with such upper bits) in blocks of like magnitude, subnormals too."""
     patterns = np.arange(1 << 15, dtype=np.uint16)
     signed = np.stack([patterns, patterns | 0x8000], axis=1).reshape(-1)
     if dtype == "float32":

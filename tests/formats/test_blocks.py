@@ -181,7 +181,7 @@ def test_subnormal_blocks_stay_sane(smallest: float) -> None:
     codes, absmax = blocks.quantize_codes(values, "float32")
     level = NF4_LEVELS[np.stack([codes >> 4, codes & 15], axis=1).reshape(-1)]
     assert absmax[0] == np.float32(smallest)
-    # Half the widest gap between levels and some; below 2**-128 the reciprocal is held to the largest float32,
+    # Half the widest gap between levels and some. Below 2**-128 the reciprocal is held to the largest float32
     # and values come out nearer to zero, off by 2**-128 at most.
     error = abs(level.astype(np.float64) * smallest - values)
     assert error.max() <= (0.16 * smallest if smallest >= 2.0**-128 else 2.0**-128)
