@@ -13,7 +13,6 @@ from nf4format.blocks import PackedTensor, dequantize
 from nf4format.checkpoint import Checkpoint
 from nf4format.codebook import BLOCK, NESTED_BLOCK, NESTED_MAP, NF4_LEVELS
 from nf4format.container import Nf4File
-from nf4format.header import MAX_HEADER_BYTES
 
 from .emit import Emitted
 from .errors import CompileError
@@ -45,9 +44,7 @@ def verify_output(
     """
     os.fsync(file.fd)
     os.posix_fadvise(file.fd, 0, 0, os.POSIX_FADV_DONTNEED)  # so that what is read comes from the disk
-    with Nf4File(
-        file.path, os.dup(file.fd), mmap=True, allow_maps=False, max_header_bytes=MAX_HEADER_BYTES
-    ) as packed_file:
+    with Nf4File.from_descriptor(file.fd, file.path) as packed_file:
         damage = packed_file.verify(threads=jobs)
         if damage:
             raise CompileError(file.path, str(damage[0]), remedy=_REMEDY)

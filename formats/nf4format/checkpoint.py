@@ -209,7 +209,7 @@ class Checkpoint:
                 with self._opened(name) as fd:
                     self.files[name] = read_capped(fd, FILE_LIMITS[name], self.path / name)
         try:
-            self.config = parse_object(self.files[CONFIG_FILE])
+            self.config = parse_object(self.files[CONFIG_FILE], allow_infinity=True)
         except ValueError as error:
             raise FormatError(self.path / CONFIG_FILE, str(error), remedy="download it again") from error
 

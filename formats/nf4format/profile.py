@@ -286,7 +286,7 @@ def _check_config(
         problem = "does not match nf4.config_sha256 of the metadata"
         refuse(problem, tensor=entry.name, expected=header.metadata["nf4.config_sha256"], got=digest)
     try:
-        return parse_object(data)
+        return parse_object(data, allow_infinity=True)
     except ValueError as error:
         refuse(str(error), tensor=entry.name)
 

@@ -20,12 +20,14 @@ _ESCAPE: Final = re.compile(
 )
 
 
-def parse_json(data: bytes, *, limit_nesting: bool = True) -> Any:
+def parse_json(data: bytes, *, limit_nesting: bool = True, allow_infinity: bool = False) -> Any:
     """The value of a JSON text (RFC 8259, UTF-8, no byte order mark).
 
     Args:
         limit_nesting: refuse more than MAX_NESTING levels. Without it the interpreter's recursion limit
             is the bound, and the caller checks the shape of what it gets.
+        allow_infinity: take Infinity and -Infinity, which Python writes and config.json of some state-space
+            models holds (time_step_limit). NaN is refused all the same: no setting can mean it.
 
     Raises:
         ValueError: with a short reason; the caller adds the file's name.
@@ -42,7 +44,7 @@ def parse_json(data: bytes, *, limit_nesting: bool = True) -> Any:
         value = json.loads(
             text,
             object_pairs_hook=_unique,
-            parse_constant=_no_constant,
+            parse_constant=_infinity if allow_infinity else _no_constant,
             parse_int=_signed_zero if "-0" in text else None,
             parse_float=_finite,
         )
@@ -55,9 +57,9 @@ def parse_json(data: bytes, *, limit_nesting: bool = True) -> Any:
     return value
 
 
-def parse_object(data: bytes) -> dict[str, Any]:
+def parse_object(data: bytes, *, allow_infinity: bool = False) -> dict[str, Any]:
     """`parse_json` of a text that must be an object."""
-    value = parse_json(data)
+    value = parse_json(data, allow_infinity=allow_infinity)
     if not isinstance(value, dict):
         raise ValueError(f"expected a JSON object, got {type(value).__name__}")
     return value
@@ -92,6 +94,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(text: str) -> float:
     raise ValueError(f"{text} is not JSON")
+
+
+def _infinity(text: str) -> float:
+    return _no_constant(text) if text == "NaN" else float(text)
 
 
 def _signed_zero(text: str) -> int | float:

@@ -101,3 +101,12 @@ def test_parse_object() -> None:
     assert parse_object(b'{"a": 1}') == {"a": 1}
     with pytest.raises(ValueError, match="expected a JSON object, got list"):
         parse_object(b"[]")
+
+
+def test_infinity_only_where_allowed() -> None:
+    text = b'{"time_step_limit": [0.0, Infinity, -Infinity]}'
+    assert parse_object(text, allow_infinity=True) == {"time_step_limit": [0.0, float("inf"), float("-inf")]}
+    with pytest.raises(ValueError, match="Infinity is not JSON"):
+        parse_object(text)
+    with pytest.raises(ValueError, match="NaN is not JSON"):
+        parse_object(b'{"a": NaN}', allow_infinity=True)
