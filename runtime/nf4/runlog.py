@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
 import os
 import resource
 import signal
@@ -12,9 +14,11 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
+from .errors import TrainError
+
 
 class RunLog:
-    """A JSONL file, one record a line. Each line goes out in one write, so none is ever half there.
+    """A JSONL file, one record a line; a number that is not finite is null. No line is ever half there.
 
     The file is made with the first record: a run that fails before it leaves nothing.
     """
@@ -22,13 +26,29 @@ class RunLog:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._fd: int | None = None
+        self._size = 0
 
     def write(self, **record: Any) -> None:
-        if self._fd is None:
-            self._fd = os.open(
-                self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o666
-            )
-        os.write(self._fd, (json.dumps(record) + "\n").encode())
+        """Append one record.
+
+        Raises:
+            TrainError: the file cannot be written, or the disk is full.
+        """
+        finite = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in record.items()
+        }
+        line = (json.dumps(finite) + "\n").encode()
+        try:
+            if self._fd is None:
+                flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC
+                self._fd = os.open(self.path, flags, 0o666)
+            if os.write(self._fd, line) != len(line):
+                os.ftruncate(self._fd, self._size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise TrainError(self.path, f"cannot write the log: {error.strerror}") from error
+        self._size += len(line)
 
     def __enter__(self) -> RunLog:
         return self

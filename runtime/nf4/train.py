@@ -146,6 +146,8 @@ def train(
     def evaluate_now(step: int) -> None:
         if evaluation is not None and step not in summary.evaluations:
             loss = evaluate(model, evaluation, options.batch)
+            if not math.isfinite(loss):
+                raise _not_finite("evaluation loss", step, loss)
             summary.evaluations[step] = loss
             log.write(step=step, eval_loss=loss, eval_perplexity=perplexity_of(loss))
             say(f"step {step}: evaluation loss {loss:.4f}, perplexity {perplexity_of(loss):.2f}")
@@ -192,9 +194,9 @@ def train(
                     evaluate_now(step)
                 if options.save_every and step % options.save_every == 0:
                     save_adapter(model, options.out)
+            save_adapter(model, options.out)
             if summary.stopped_by is None:
                 evaluate_now(summary.steps)
-            save_adapter(model, options.out)
     finally:
         optimizer.close()
         model.eval()
@@ -359,5 +361,5 @@ def _not_finite(what: str, step: int, value: float) -> TrainError:
         "",
         f"step {step}: the {what} is not finite",
         got=value,
-        remedy="lower --lr, or use --dtype float32; the adapter of this run was not saved at this step",
+        remedy="lower --lr, or use --dtype float32",
     )

@@ -22,7 +22,7 @@ from nf4.errors import TrainError
 from nf4.lora import LoraConfig, add_lora, lora_layers
 from nf4.optim import PagedAdamW
 from nf4.perplexity import encode_documents, perplexity
-from nf4.runlog import StopRequest
+from nf4.runlog import RunLog, StopRequest
 from nf4.tokenizer import Tokenizer
 from nf4.train import StepPlan, TrainOptions, evaluate, train, train_step
 
@@ -272,6 +272,18 @@ def test_second_interrupt_is_not_held_back() -> None:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.signal is signal.SIGINT
         os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_full_disk_leaves_whole_lines_in_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with RunLog(tmp_path / "log") as log:
+        log.write(step=1, loss=math.nan)
+        real = os.write
+        monkeypatch.setattr(os, "write", lambda fd, data: real(fd, data[:4]))
+        with pytest.raises(TrainError, match="log: cannot write the log: No space left on device"):
+            log.write(step=2)
+    assert (tmp_path / "log").read_text() == '{"step": 1, "loss": null}\n'
+    with pytest.raises(TrainError, match="cannot write the log: Is a directory"), RunLog(tmp_path) as log:
+        log.write(step=1)
 
 
 def test_loss_that_is_not_finite_stops_and_keeps_the_last_save(
