@@ -2,15 +2,15 @@
 
     python tools/bench/cpu_kernels.py --json tools/bench/results/cpu_kernels.json
 
-A round times each contender once, one after the other; the table has the median over rounds and the best. On a
-busy machine compare the best: contenders with OpenMP threads suffer more from others than ours do. Weights are
-Gaussian, --size squared, block 64 with double quantization, and results are checked before anything is timed.
+A round times each contender once, one after the other; the table has the median over rounds and the best. On
+a busy machine compare the best: contenders with OpenMP threads suffer more from others than ours do. Weights
+are Gaussian, --size squared, block 64 with double quantization; results are checked before anything is timed.
 
 bitsandbytes appears as a user meets it: functional.quantize_4bit and dequantize_4bit, matmul_4bit, and
 nn.Linear4bit in evaluation, which on a CPU with AVX-512 BF16 repacks the weight once and then multiplies in
-bfloat16, whatever its dtype. On a CPU its dequantize_4bit always makes a new tensor, and new memory costs more
-than decoding: so ours is shown both ways, and beside it the C kernel of bitsandbytes by itself, writing where it
-is told, from scales that are already decoded.
+bfloat16, whatever its dtype. On a CPU its dequantize_4bit always makes a new tensor, and new memory costs
+more than decoding. So ours is shown both ways, and beside it the C kernel of bitsandbytes by itself, which
+writes where it is told, from scales that are already decoded.
 
 The memory limit of a row is the time to read and write its bytes at the best rate that plain loops over 256
 MiB reach. Caches move data faster than memory, so a row whose data stay in the last-level cache can pass it:
