@@ -134,7 +134,7 @@ alignas(ThreadPool) unsigned char storage[sizeof(ThreadPool)];
 void construct() { new (storage) ThreadPool; }
 
 ThreadPool& pool() {
-  static ThreadPool& instance = [&]() -> ThreadPool& {
+  static ThreadPool& instance = []() -> ThreadPool& {
     construct();
 #if defined(__unix__) || defined(__APPLE__)
     pthread_atfork(nullptr, nullptr, construct);
