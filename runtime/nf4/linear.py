@@ -48,7 +48,7 @@ class _PackedLayer(_FrozenLayer):
         super().__init__()
         for name in ("codes", "absmax", "quant_map", "nested_absmax", "nested_quant_map"):
             array = getattr(weight, name)
-            # torch has no read-only tensors. The arrays of a mapped file are private and writable; what is not
+            # torch has no read-only tensors. Arrays of a mapped file are private and writable; what is not
             # (the shared constant tables) is small.
             self.register_buffer(name, torch.from_numpy(array if array.flags.writeable else array.copy()))
         self.nested_offset = float(weight.nested_offset)

@@ -28,7 +28,7 @@ from nf4format import _native
 from nf4format.codebook import BLOCK, NESTED_BLOCK
 
 FEW_ROWS = 8  # the most rows that the fused product takes
-PANEL_ELEMENTS = 1 << 20  # decoded weights at a time in the forward product: stays in the cache
+PANEL_ELEMENTS = 1 << 22  # decoded weights at a time in the forward product
 GRAD_PANEL_ELEMENTS = 1 << 24  # in the backward one: every further panel is a pass over the gradient
 
 _NATIVE_DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

@@ -1,0 +1,101 @@
+"""`nf4 eval`: perplexity of a packed model, with or without an adapter, on a text file."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import click
+
+_EXAMPLES = """\b
+Examples:
+  nf4 eval model.nf4 held-out.txt --window 512
+  nf4 eval model.nf4 held-out.txt --window 512 --adapter my-adapter
+  nf4 eval model.nf4 held-out.txt --limit 20000 --json
+"""
+
+
+@click.command(epilog=_EXAMPLES, context_settings={"show_default": True})
+@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("text", type=click.Path(path_type=Path))
+@click.option("--window", type=int, default=512, help="Tokens the model sees at once, BOS included.")
+@click.option(
+    "--adapter", type=click.Path(path_type=Path), help="PEFT adapter directory to put on the model."
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Arithmetic and activations.  [default: the checkpoint's]",
+)
+@click.option("--limit", type=click.IntRange(1), help="The most tokens to predict.  [default: all]")
+@click.option(
+    "--separator",
+    help="What stands between documents; empty: the text is one.  [default: a line <|doc|>]",
+)
+@click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: torch's choice]")
+@click.option("--json", "as_json", is_flag=True, help="The result as one JSON object.")
+def command(
+    file: Path,
+    text: Path,
+    window: int,
+    adapter: Path | None,
+    dtype: str | None,
+    limit: int | None,
+    separator: str | None,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Report token-level perplexity of the model FILE over TEXT.
+
+    The text is split into documents, each is encoded with the tokens the tokenizer puts around it, and all
+    tokens are cut into windows with BOS in front (where the model has one); every token of a window is
+    predicted from those before it. The last, incomplete window is left out.
+    """
+    import torch
+    from tqdm import tqdm
+
+    from ..data import DOCUMENT_SEPARATOR
+    from ..errors import LoadError
+    from ..loading import load
+    from ..perplexity import encode_documents, perplexity
+    from ..tokenizer import Tokenizer
+
+    if threads:
+        torch.set_num_threads(threads)
+    try:
+        content = text.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        got = f"byte {error.object[error.start]:#04x} at offset {error.start}"
+        raise LoadError(text, "not a text", expected="UTF-8", got=got) from error
+    started = time.perf_counter()
+    model = load(file, dtype=dtype, adapter=adapter)
+    assert model.source is not None
+    tokenizer = Tokenizer.from_file(model.source)
+    ids = encode_documents(tokenizer, content, DOCUMENT_SEPARATOR if separator is None else separator)
+    with tqdm(total=len(ids), unit="tok", unit_scale=True, leave=False, disable=None) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        result = perplexity(model, ids, window, bos_id=tokenizer.bos_id, max_tokens=limit, progress=show)
+    seconds = time.perf_counter() - started
+    dtype_name = str(model.dtype).removeprefix("torch.")
+    if as_json:
+        facts = {
+            "file": str(file),
+            "adapter": str(adapter) if adapter else None,
+            "text": str(text),
+            "window": window,
+            "dtype": dtype_name,
+            "perplexity": result.perplexity,
+            "mean_nll": result.mean_nll,
+            "tokens": result.tokens,
+            "seconds": seconds,
+        }
+        click.echo(json.dumps(facts, indent=2))
+        return
+    click.echo(f"perplexity  {result.perplexity:.4f}")
+    click.echo(f"tokens      {result.tokens:,} predicted, windows of {window}, {dtype_name}")
+    click.echo(f"speed       {result.tokens / seconds:,.0f} tokens/s, {seconds:.1f} s")

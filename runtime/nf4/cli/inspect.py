@@ -1,0 +1,133 @@
+"""`nf4 inspect`: what a packed file holds."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import click
+
+from nf4format.container import Nf4File
+from nf4format.layout import COMPANIONS
+
+_EXAMPLES = """\b
+Examples:
+  nf4 inspect model.nf4
+  nf4 inspect model.nf4 --tensors
+  nf4 inspect model.nf4 --json | jq .bits_per_parameter
+"""
+
+
+@click.command(epilog=_EXAMPLES)
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--tensors", is_flag=True, help="List every tensor with its type, shape and bytes.")
+@click.option("--json", "as_json", is_flag=True, help="Everything as one JSON object.")
+def command(file: Path, tensors: bool, as_json: bool) -> None:
+    """Show what a packed model file holds and how it was made.
+
+    Opening the file checks its header, its layout and the constants of every packed tensor; the weights
+    themselves are not read. `nf4 verify` reads them all.
+    """
+    with Nf4File.open(file) as packed_file:
+        facts = describe(packed_file)
+    if as_json:
+        click.echo(json.dumps(facts, indent=2))
+        return
+    click.echo(_text(facts))
+    if tensors:
+        click.echo()
+        click.echo(_table(facts["tensors"]))
+
+
+def describe(file: Nf4File) -> dict[str, Any]:
+    """Everything that `--json` prints; bytes of a packed tensor count its scales and state too."""
+    entries = file.header.entries
+    tensors = []
+    for name in file.packed_names:
+        parts = (name, *(name + suffix for suffix in COMPANIONS))
+        size = sum(entries[part].end - entries[part].begin for part in parts)
+        tensors.append(_tensor(name, "NF4", file.packed(name).shape, size))
+    for name in file.kept_names:
+        entry = entries[name]
+        tensors.append(_tensor(name, entry.dtype, entry.shape, entry.end - entry.begin))
+    groups = {}
+    for kind, names in (("packed", file.packed_names), ("kept", file.kept_names)):
+        chosen = [tensor for tensor in tensors if tensor["name"] in set(names)]
+        groups[kind] = {
+            "tensors": len(chosen),
+            "parameters": sum(tensor["parameters"] for tensor in chosen),
+            "bytes": sum(tensor["bytes"] for tensor in chosen),
+        }
+    parameters = groups["packed"]["parameters"] + groups["kept"]["parameters"]
+    size = groups["packed"]["bytes"] + groups["kept"]["bytes"]
+    shown = ("model_type", "num_hidden_layers", "hidden_size", "vocab_size", "tie_word_embeddings")
+    return {
+        "file": str(file.path),
+        "file_bytes": file.header.file_bytes,
+        "model": {key: file.config[key] for key in shown if key in file.config},
+        "parameters": parameters,
+        "bits_per_parameter": 8 * size / parameters if parameters else None,
+        **groups,
+        "embedded_files": {name: len(file.file(name)) for name in file.file_names},
+        "aliases": dict(file.aliases),
+        "metadata": dict(file.metadata),
+        "fingerprint": file.fingerprint,
+        "tensors": tensors,
+    }
+
+
+def _tensor(name: str, dtype: str, shape: tuple[int, ...], num_bytes: int) -> dict[str, Any]:
+    shown = {"name": name, "dtype": dtype, "shape": list(shape)}
+    return {**shown, "parameters": math.prod(shape), "bytes": num_bytes}
+
+
+def _text(facts: dict[str, Any]) -> str:
+    model, metadata = facts["model"], facts["metadata"]
+    tied = "tied" if model.get("tie_word_embeddings") else "untied"
+    embedded = ", ".join(f"{name} ({_size(size)})" for name, size in facts["embedded_files"].items())
+    sizes = " ".join(f"{model[k]} {label}" for k, label in _MODEL_FIELDS if k in model)
+    rows = {
+        "file": f"{facts['file']}, {_size(facts['file_bytes'])}",
+        "model": f"{model.get('model_type', 'unknown family')}: {sizes}, {tied} embeddings",
+        "parameters": f"{facts['parameters']:,}, {facts['bits_per_parameter'] or 0:.3f} bits each",
+        "packed": _group(facts["packed"]),
+        "kept": _group(facts["kept"]),
+        "aliases": ", ".join(f"{alias} = {name}" for alias, name in facts["aliases"].items()) or "none",
+        "embedded": embedded,
+        "made by": f"{metadata.get('nf4.producer')} with {metadata.get('nf4.options')}",
+        "source": metadata["nf4.source_sha256"],
+        "fingerprint": facts["fingerprint"],
+    }
+    return "\n".join(f"{key:<12} {click.unstyle(value)}" for key, value in rows.items())
+
+
+_MODEL_FIELDS = (
+    ("num_hidden_layers", "layers,"),
+    ("hidden_size", "hidden,"),
+    ("vocab_size", "tokens"),
+)
+
+
+def _group(group: dict[str, Any]) -> str:
+    counted = f"{group['tensors']} tensors, {group['parameters']:,} parameters, {_size(group['bytes'])}"
+    bits = 8 * group["bytes"] / group["parameters"] if group["parameters"] else 0.0
+    return f"{counted}, {bits:.3f} bits each"
+
+
+def _table(tensors: list[dict[str, Any]]) -> str:
+    width = max((len(tensor["name"]) for tensor in tensors), default=0)
+    lines = []
+    for tensor in tensors:
+        shape = "x".join(str(size) for size in tensor["shape"])
+        name = ascii(tensor["name"])[1:-1]
+        lines.append(f"{name:<{width}}  {tensor['dtype']:<5} {shape:>16} {tensor['bytes']:>14,}")
+    return "\n".join(lines)
+
+
+def _size(num_bytes: int) -> str:
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.2f} {unit}"
+    return f"{num_bytes} B"
