@@ -36,6 +36,7 @@ Examples:
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: torch's choice]")
 @click.option("--json", "as_json", is_flag=True, help="The result as one JSON object.")
 def command(
+    *,
     file: Path,
     text: Path,
     window: int,

@@ -33,6 +33,7 @@ Examples:
 )
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: torch's choice]")
 def command(
+    *,
     file: Path,
     prompt: str,
     max_new_tokens: int,

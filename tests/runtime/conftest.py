@@ -1,0 +1,63 @@
+"""Packed files of tiny random models, with a small byte-level tokenizer inside."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qcompile.options import CompileOptions
+from qcompile.pipeline import compile_checkpoint
+
+TEXT = "the cat sat on the mat; the dog and the frog were there too"
+
+
+@pytest.fixture(scope="session")
+def tokenizer_json() -> bytes:
+    """A byte-level BPE of at most 320 ids: <unk>, <s> (put in front of every text), </s>, bytes, merges."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([TEXT] * 4, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return tokenizer.to_str().encode()
+
+
+@pytest.fixture
+def make_packed(
+    make_checkpoint: Callable[..., Path], tokenizer_json: bytes, tmp_path: Path
+) -> Callable[..., Path]:
+    """A function that compiles a tiny checkpoint; arguments as `make_checkpoint`, and these.
+
+    options: CompileOptions fields. edit: changes to config.json between checkpoint and compilation.
+    """
+
+    def build(
+        family: str = "llama",
+        *,
+        options: dict[str, Any] | None = None,
+        edit: dict[str, Any] | None = None,
+        **arguments: Any,
+    ) -> Path:
+        folder = make_checkpoint(family, **arguments)
+        (folder / "tokenizer.json").write_bytes(tokenizer_json)
+        (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+        if edit:
+            config = json.loads((folder / "config.json").read_text())
+            (folder / "config.json").write_text(json.dumps(config | edit))
+        out = tmp_path / f"{folder.name}.nf4"
+        compile_checkpoint(folder, out, CompileOptions(force=True, **(options or {})))
+        return out
+
+    return build

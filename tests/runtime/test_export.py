@@ -1,0 +1,155 @@
+"""Exported directories in transformers, bitsandbytes, PEFT and safetensors."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+
+from nf4.errors import LoadError
+from nf4.export import export_bnb, skip_modules
+from nf4format import reference
+from nf4format.container import Nf4File
+from nf4format.errors import Nf4Error
+
+IDS = torch.arange(3, 43).view(2, 20)
+
+CASES = {
+    "llama": ("llama", {}, {}),
+    "llama-excluded": ("llama", {}, {"exclude": ("*layers.1.mlp*", "*k_proj*")}),
+    "qwen2-tied": ("qwen2", {"tie_word_embeddings": True}, {}),
+    "qwen2-tied-excluded": ("qwen2", {"tie_word_embeddings": True}, {"exclude": ("*o_proj*",)}),
+    "qwen3-head": ("qwen3", {}, {"quantize_head": True}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_transformers_logits_equal_those_of_our_decoded_weights(make_packed, tmp_path, case):
+    from transformers import AutoModelForCausalLM
+
+    family, fields, options = CASES[case]
+    path = make_packed(family, options=options, **fields)
+    with Nf4File.open(path) as file:
+        assert export_bnb(file, tmp_path / "out")
+        decoded = {
+            name: torch.from_numpy(reference.dequantize(file.packed(name)))
+            .view(torch.bfloat16)
+            .view(file.packed(name).shape)
+            for name in file.packed_names
+        }
+    # In training mode bitsandbytes decodes and multiplies, the same on every CPU. In evaluation mode, CPUs
+    # with bfloat16 instructions get another kernel, with a rounding of its own, that refuses many shapes.
+    quantized = AutoModelForCausalLM.from_pretrained(tmp_path / "out").train()
+    quantized.enable_input_require_grads()
+    linears = {
+        f"{name}.weight": type(module).__name__
+        for name, module in quantized.named_modules()
+        if hasattr(module, "in_features")
+    }
+    assert {name for name, kind in linears.items() if kind == "Linear4bit"} == set(decoded)
+
+    folder = tmp_path / path.stem
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    plain.load_state_dict(decoded, strict=False)
+    expected = plain(IDS).logits
+    assert expected.dtype == torch.bfloat16
+    assert torch.equal(quantized(IDS).logits, expected)
+
+
+def test_the_directory(make_packed, tmp_path):
+    from safetensors import safe_open
+
+    path = make_packed("llama")
+    with Nf4File.open(path) as file:
+        export_bnb(file, tmp_path / "out")
+        names = set(file.header.entries)
+        tokenizer = file.file("tokenizer.json")
+    weights = tmp_path / "out" / "model.safetensors"
+    assert weights.samefile(path)
+    with safe_open(weights, "pt") as opened:
+        assert set(opened.keys()) == names
+        assert opened.get_tensor("model.norm.weight").dtype == torch.bfloat16
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == tokenizer
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["model_type"] == "llama"
+    assert config["quantization_config"] == {
+        "_load_in_4bit": True,
+        "_load_in_8bit": False,
+        "bnb_4bit_compute_dtype": "bfloat16",
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_skip_modules": None,
+        "llm_int8_threshold": 6.0,
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "quant_method": "bitsandbytes",
+    }
+
+
+def test_peft_trains_on_it(make_packed, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    with Nf4File.open(make_packed("llama")) as file:
+        export_bnb(file, tmp_path / "out")
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(4):
+        loss = model(IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.1
+
+
+def test_modules_left_in_16_bits_are_listed_where_they_are_not_the_default(make_packed):
+    def listed(family="llama", options=None, **fields):
+        with Nf4File.open(make_packed(family, options=options, **fields)) as file:
+            return skip_modules(file)
+
+    assert listed() is None
+    assert listed(tie_word_embeddings=True) is None
+    assert listed(options={"quantize_head": True}) == ["model.embed_tokens"]
+    up = "model.layers.1.mlp.up_proj"
+    assert listed(options={"exclude": (f"{up}*",)}) == ["lm_head", "model.embed_tokens", up]
+    tied = listed(options={"exclude": (f"{up}*",)}, tie_word_embeddings=True)
+    assert tied == ["lm_head", "model.embed_tokens", up]
+
+
+def test_nothing_packed_is_an_ordinary_checkpoint(make_packed, tmp_path):
+    with Nf4File.open(make_packed("llama", options={"exclude": ("*",)})) as file:
+        export_bnb(file, tmp_path / "out")
+        assert json.loads((tmp_path / "out" / "config.json").read_text()) == file.config
+
+
+def test_refusals_leave_nothing(make_packed, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    message = r"embed_tokens.weight': an NF4 embedding.*--quantize-embeddings"
+    packed = make_packed("llama", options={"quantize_embeddings": True})
+    with Nf4File.open(packed) as file, pytest.raises(LoadError, match=message):
+        export_bnb(file, out)
+    assert not out.exists()
+    with Nf4File.open(make_packed("llama")) as file:
+        with pytest.raises(Nf4Error, match="there is no directory"):
+            export_bnb(file, tmp_path / "missing" / "out")
+        out.mkdir()
+        (out / "mine.txt").write_text("mine")
+        with pytest.raises(Nf4Error, match="not empty"):
+            export_bnb(file, out)
+        assert [child.name for child in out.iterdir()] == ["mine.txt"]
+
+        def refuse(*_):
+            raise OSError("links are not supported here")
+
+        monkeypatch.setattr(os, "link", refuse)
+        assert not export_bnb(file, tmp_path / "copied")
+        assert (tmp_path / "copied" / "model.safetensors").read_bytes() == file.path.read_bytes()
