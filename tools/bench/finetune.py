@@ -35,12 +35,12 @@ def main() -> None:
     )
     parser.add_argument("model", type=Path, help="Hugging Face checkpoint directory")
     parser.add_argument("text", type=Path, help="plain text to train on")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--accumulate", type=int, default=1)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--lr", type=float, default=5e-3)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="where to write the figures")
@@ -93,6 +93,8 @@ def run(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any
         progress=sys.stderr.isatty(),
         say=lambda line: print(f"{name}: {line}", file=sys.stderr),
     )
+    if summary.stopped_by:
+        sys.exit(f"stopped by {summary.stopped_by}: no comparison")
     losses = list(summary.evaluations.values())
     return {
         "file_bytes": file.stat().st_size,
