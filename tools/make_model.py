@@ -13,22 +13,23 @@ from typing import Any
 
 import click
 import torch
-from nf4.config import ModelConfig
-from nf4.decoder import CausalLM
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn import functional
 from tqdm import tqdm
 
+from nf4.config import ModelConfig
+from nf4.decoder import CausalLM
+
 SEPARATOR = "\n<|doc|>\n"
-VOCAB_SIZE = 4096
+VOCAB_SIZE = 2048
 CONTEXT = 256
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "hidden_size": 256,
     "intermediate_size": 704,
-    "num_hidden_layers": 6,
+    "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "vocab_size": VOCAB_SIZE,
@@ -61,17 +62,29 @@ def train_tokenizer(documents: list[str]) -> Tokenizer:
     return tokenizer
 
 
+def initialize(model: CausalLM) -> None:
+    """Small embeddings; weights of unit gain, smaller where they add to the residual stream."""
+    residual_gain = (2 * CONFIG["num_hidden_layers"]) ** -0.5
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2:
+            gain = residual_gain if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
+            std = 0.02 if "embed" in name else gain * parameter.shape[1] ** -0.5
+            torch.nn.init.normal_(parameter, std=std)
+
+
 def train(model: CausalLM, tokens: torch.Tensor, steps: int, batch: int, seed: int) -> float:
     """Train every weight on random windows of `tokens`; returns the mean loss of the last tenth."""
     order = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.05)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.05, fused=True
+    )
     warmup = max(1, steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda step: min((step + 1) / warmup, 0.05 + 0.95 * (1 + math.cos(math.pi * step / steps)) / 2),
     )
     losses: list[float] = []
-    progress = tqdm(range(steps), desc="training a small Llama", unit="step")
+    progress = tqdm(range(steps), desc="training a small Llama", unit="step", disable=None)
     for _ in progress:
         starts = torch.randint(len(tokens) - CONTEXT - 1, (batch,), generator=order)
         window = torch.stack([tokens[start : start + CONTEXT + 1] for start in starts.tolist()])
@@ -112,7 +125,7 @@ def save(model: CausalLM, tokenizer: Tokenizer, out_dir: Path) -> None:
 @click.argument("text", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("out_dir", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--steps", default=400, show_default=True, help="Optimizer steps.")
-@click.option("--batch", default=16, show_default=True, help=f"Windows of {CONTEXT} tokens a step.")
+@click.option("--batch", default=8, show_default=True, help=f"Windows of {CONTEXT} tokens a step.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the initial weights and of the order.")
 def main(text: Path, out_dir: Path, steps: int, batch: int, seed: int) -> None:
     """Train a small Llama on TEXT and write the checkpoint to OUT_DIR."""
@@ -122,9 +135,7 @@ def main(text: Path, out_dir: Path, steps: int, batch: int, seed: int) -> None:
     tokens = torch.tensor(ids)
     torch.manual_seed(seed)
     model = CausalLM(ModelConfig.from_dict(CONFIG), linear=torch.nn.Linear)
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 2:
-            torch.nn.init.normal_(parameter, std=0.02 if "embed" in name else parameter.shape[1] ** -0.5 / 2)
+    initialize(model)
     loss = train(model, tokens, steps, batch, seed)
     save(model, tokenizer, out_dir)
     parameters = sum(p.numel() for p in model.parameters())
