@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,9 @@ from torch.utils.checkpoint import checkpoint
 
 from .cache import KVCache
 from .config import ModelConfig
+
+if TYPE_CHECKING:
+    from nf4format.container import Nf4File
 
 LinearFactory = Callable[..., nn.Module]  # (in_features, out_features, bias=...) -> a module with forward(x)
 
@@ -191,7 +195,7 @@ class CausalLM(nn.Module):
     def __init__(self, config: ModelConfig, *, linear: LinearFactory = nn.Linear) -> None:
         super().__init__()
         self.config = config
-        self.source = None
+        self.source: Nf4File | None = None
         self.model = Decoder(config, linear)
         self.lm_head = linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:

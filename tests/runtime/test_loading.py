@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -146,6 +148,11 @@ def test_arguments_out_of_range(make_packed, tmp_path):
         nf4.load(path, adapter=tmp_path / "none")
     with pytest.raises(Nf4Error, match=r"nothing\.nf4"):
         nf4.load(tmp_path / "nothing.nf4")
+
+
+def test_package_import_waits_for_torch_until_it_is_needed():
+    code = "import nf4, sys; assert 'torch' not in sys.modules; nf4.load; assert 'torch' in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_damage_is_refused(make_packed, tmp_path):

@@ -36,12 +36,11 @@ def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
 def small_panels(monkeypatch):
     """Panels of a few rows, so that small weights have several, the last one ragged."""
     monkeypatch.setattr(ops, "PANEL_ELEMENTS", 640)
-    monkeypatch.setattr(ops, "GRAD_PANEL_ELEMENTS", 1280)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("rows", [1, 3, 8, 9, 40])
+@pytest.mark.parametrize("rows", [1, 8, 13, 70])
 def test_product_and_gradient(small_panels, shape, rows, dtype):
     weight = packed_weight(*shape)
     layer = NF4Linear(weight)
@@ -82,7 +81,7 @@ def test_leading_dimensions_strides_and_empty_batches():
 
 def test_torch_library_checks():
     layer, table = NF4Linear(packed_weight(50, 37)), NF4Embedding(packed_weight(20, 8), torch.bfloat16)
-    for rows in (2, 12):
+    for rows in (2, 40):
         x = torch.randn(rows, 37, requires_grad=True)
         torch.library.opcheck(torch.ops.nf4.linear.default, (x, *layer.packed(), 50))
         grad = torch.randn(rows, 50)
