@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from nf4.config import ModelConfig
 from nf4.decoder import CausalLM
+from nf4.ops import matmul_dtype
 
 SEPARATOR = "\n<|doc|>\n"
 VOCAB_SIZE = 2048
@@ -83,12 +84,13 @@ def train(model: CausalLM, tokens: torch.Tensor, steps: int, batch: int, seed: i
         optimizer,
         lambda step: min((step + 1) / warmup, 0.05 + 0.95 * (1 + math.cos(math.pi * step / steps)) / 2),
     )
+    has_bf16 = matmul_dtype(torch.bfloat16) == torch.bfloat16  # else autocast would slow it down
     losses: list[float] = []
     progress = tqdm(range(steps), desc="training a small Llama", unit="step", disable=None)
     for _ in progress:
         starts = torch.randint(len(tokens) - CONTEXT - 1, (batch,), generator=order)
         window = torch.stack([tokens[start : start + CONTEXT + 1] for start in starts.tolist()])
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=has_bf16):
             logits = model(window[:, :-1])
         loss = functional.cross_entropy(logits.float().flatten(0, 1), window[:, 1:].flatten())
         loss.backward()

@@ -65,9 +65,9 @@ def main() -> None:
         ],
         machine=machine("nf4", "torch") | {"threads": str(torch.get_num_threads())},
         notes=[
-            f"{packed['tokens']:,} tokens each, the same data, order, seed and adapter (rank {arguments.rank} "
-            f"on all linear layers, rate {arguments.lr:g}, {arguments.dtype}); perplexity on the last "
-            f"{HELD_OUT:.0%} of the text, held out."
+            f"{packed['tokens']:,} tokens each; the same data, order, seed and adapter (rank "
+            f"{arguments.rank} on all linear layers, rate {arguments.lr:g}, {arguments.dtype}); perplexity on "
+            f"the last {HELD_OUT:.0%} of the text, held out."
         ],
     ).finish(arguments.json)
 

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 
 import click
 
+from . import write_json
+
 _EXAMPLES = """\b
 Examples:
   nf4 eval model.nf4 held-out.txt --window 512
   nf4 eval model.nf4 held-out.txt --window 512 --adapter my-adapter
-  nf4 eval model.nf4 held-out.txt --limit 20000 --json
+  nf4 eval model.nf4 held-out.txt --limit 20000 --json result.json
 """
 
 
 @click.command(epilog=_EXAMPLES, context_settings={"show_default": True})
 @click.argument("file", type=click.Path(path_type=Path))
 @click.argument("text", type=click.Path(path_type=Path))
-@click.option("--window", type=int, default=512, help="Tokens the model sees at once, BOS included.")
+@click.option(
+    "--window",
+    type=int,
+    help="Tokens the model sees at once, BOS included.  [default: 512, or the model's context if shorter]",
+)
 @click.option(
     "--adapter", type=click.Path(path_type=Path), help="PEFT adapter directory to put on the model."
 )
@@ -34,18 +39,20 @@ Examples:
     help="What stands between documents; empty: the text is one.  [default: a line <|doc|>]",
 )
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: torch's choice]")
-@click.option("--json", "as_json", is_flag=True, help="The result as one JSON object.")
+@click.option(
+    "--json", "json_path", metavar="PATH", help="Write the result as JSON too; '-': to stdout, alone."
+)
 def command(
     *,
     file: Path,
     text: Path,
-    window: int,
+    window: int | None,
     adapter: Path | None,
     dtype: str | None,
     limit: int | None,
     separator: str | None,
     threads: int | None,
-    as_json: bool,
+    json_path: str | None,
 ) -> None:
     """Report token-level perplexity of the model FILE over TEXT.
 
@@ -72,6 +79,10 @@ def command(
     started = time.perf_counter()
     model = load(file, dtype=dtype, adapter=adapter)
     assert model.source is not None
+    context = model.config.max_position_embeddings
+    window = min(512, context) if window is None else window
+    if window > context:
+        raise LoadError(file, "window", expected=f"at most the model's {context} positions", got=window)
     tokenizer = Tokenizer.from_file(model.source)
     ids = encode_documents(tokenizer, content, DOCUMENT_SEPARATOR if separator is None else separator)
     with tqdm(total=len(ids), unit="tok", unit_scale=True, leave=False, disable=None) as bar:
@@ -83,19 +94,18 @@ def command(
         result = perplexity(model, ids, window, bos_id=tokenizer.bos_id, max_tokens=limit, progress=show)
     seconds = time.perf_counter() - started
     dtype_name = str(model.dtype).removeprefix("torch.")
-    if as_json:
-        facts = {
-            "file": str(file),
-            "adapter": str(adapter) if adapter else None,
-            "text": str(text),
-            "window": window,
-            "dtype": dtype_name,
-            "perplexity": result.perplexity,
-            "mean_nll": result.mean_nll,
-            "tokens": result.tokens,
-            "seconds": seconds,
-        }
-        click.echo(json.dumps(facts, indent=2))
+    facts = {
+        "file": str(file),
+        "adapter": str(adapter) if adapter else None,
+        "text": str(text),
+        "window": window,
+        "dtype": dtype_name,
+        "perplexity": result.perplexity,
+        "mean_nll": result.mean_nll,
+        "tokens": result.tokens,
+        "seconds": seconds,
+    }
+    if json_path and write_json(json_path, facts):
         return
     click.echo(f"perplexity  {result.perplexity:.4f}")
     click.echo(f"tokens      {result.tokens:,} predicted, windows of {window}, {dtype_name}")
