@@ -126,7 +126,7 @@ def save(model: CausalLM, tokenizer: Tokenizer, out_dir: Path) -> None:
 @click.command()
 @click.argument("text", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("out_dir", type=click.Path(file_okay=False, path_type=Path))
-@click.option("--steps", default=400, show_default=True, help="Optimizer steps.")
+@click.option("--steps", default=700, show_default=True, help="Optimizer steps.")
 @click.option("--batch", default=8, show_default=True, help=f"Windows of {CONTEXT} tokens a step.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the initial weights and of the order.")
 def main(text: Path, out_dir: Path, steps: int, batch: int, seed: int) -> None:

@@ -66,8 +66,8 @@ def main() -> None:
         machine=machine("nf4", "torch") | {"threads": str(torch.get_num_threads())},
         notes=[
             f"{packed['tokens']:,} tokens each; the same data, order, seed and adapter (rank "
-            f"{arguments.rank} on all linear layers, rate {arguments.lr:g}, {arguments.dtype}); perplexity on "
-            f"the last {HELD_OUT:.0%} of the text, held out."
+            f"{arguments.rank} on all linear layers, rate {arguments.lr:g}); {arguments.dtype}.",
+            f"Perplexity on the last {HELD_OUT:.0%} of the text, which is held out.",
         ],
     ).finish(arguments.json)
 
