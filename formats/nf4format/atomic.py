@@ -48,7 +48,8 @@ class AtomicFile:
 
     Raises:
         WriteError: the directory is missing or not writable, the destination is a directory or a device
-            (or exists and `overwrite` is False), the name is too long, the disk is full, a write or sync fails.
+            (or exists and `overwrite` is False), the name is too long, the disk is full, a write or sync
+            fails.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, overwrite: bool = True) -> None:
