@@ -25,6 +25,7 @@ WEIGHTS_NAME = "model.safetensors"
 _DEFAULT_KEPT = frozenset({"lm_head", "model.embed_tokens"})
 # Families whose projections are transformers' Conv1D, stored [in, out]: its 4-bit loader expects [out, in].
 _TRANSPOSED_FAMILIES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
+_EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
 _EMBEDDING = re.compile(r"(^|\.)([^.]*embed[^.]*|wte|wpe|shared)\.weight$")
 
 
@@ -104,6 +105,9 @@ def _exported_config(file: Nf4File) -> dict[str, Any]:
         if len(shape) != 2:
             problem = f"NF4 of {len(shape)} dimensions (fused experts), which transformers does not load"
             remedy = f"compile with --exclude {name!r}"
+        elif _EXPERT.search(name):
+            problem = "an NF4 expert: transformers fuses experts when it loads, which it cannot in 4 bits"
+            remedy = "compile with --exclude '*.experts.*'"
         elif _EMBEDDING.search(name):
             problem = "an NF4 embedding, which transformers does not load"
             remedy = "compile without --quantize-embeddings"

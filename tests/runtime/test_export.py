@@ -164,6 +164,29 @@ def test_nothing_packed_is_an_ordinary_checkpoint(make_packed, tmp_path):
         assert json.loads((tmp_path / "out" / "config.json").read_text()) == file.config
 
 
+def test_packed_experts_are_refused(tmp_path):
+    """transformers fuses experts of a checkpoint into one tensor; with packed ones its load fails."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from qcompile.options import CompileOptions
+    from qcompile.pipeline import compile_checkpoint
+
+    shape = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2}
+    config = AutoConfig.for_model(
+        "mixtral", num_key_value_heads=2, vocab_size=300, num_local_experts=2, **shape
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "moe")
+    compile_checkpoint(tmp_path / "moe", tmp_path / "all.nf4")
+    with Nf4File.open(tmp_path / "all.nf4") as file, pytest.raises(LoadError, match=r"'\*\.experts\.\*'"):
+        export_bnb(file, tmp_path / "out")
+    compile_checkpoint(tmp_path / "moe", tmp_path / "some.nf4", CompileOptions(exclude=("*.experts.*",)))
+    with Nf4File.open(tmp_path / "some.nf4") as file:
+        export_bnb(file, tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").train()
+    assert type(model.model.layers[0].self_attn.q_proj).__name__ == "Linear4bit"
+    assert model(IDS).logits.isfinite().all()
+
+
 def test_transposed_weights_are_refused(make_packed, tmp_path):
     with Nf4File.open(make_packed("llama")) as file:
         file.config["model_type"] = "gpt2"
