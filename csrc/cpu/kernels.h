@@ -17,7 +17,7 @@ constexpr int64_t kBlock = 64;         // elements under one scale
 constexpr int64_t kBlockBytes = 32;    // their codes: two a byte, the first element in the high nibble
 constexpr int64_t kNestedBlock = 256;  // scales under one second-level scale
 constexpr int kMaxRows = 8;            // rows of x that a fused product takes
-constexpr int kTaskRows = 16;          // rows of W that a kernel of the fused product takes at a time
+constexpr int kGroupRows = 16;         // rows of W that a kernel of the fused product takes at a time
 
 static inline int64_t dtype_bytes(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
 
@@ -44,17 +44,19 @@ using QuantizeBlocks = int64_t (*)(const void* values, Dtype dtype, int64_t num_
 // Some rows of a fused product y = x W^T over k = 64 * num_blocks, and x as the kernel wants it
 // (LinearKernel).
 struct LinearRows {
-  const uint8_t* codes;  // [num_rows, num_blocks * 32]
-  const float* scales;   // [num_rows, scale_stride]: num_blocks scales, then zeros up to a whole chunk
+  // [num_rows, num_blocks * 32]. With each piece that it reads, a kernel prefetches the same piece of the
+  // group of rows that follows in memory: rows are short for the processor to see a stream in them.
+  const uint8_t* codes;
+  const float* scales;  // [num_rows, scale_stride]: num_blocks scales, then zeros up to a whole chunk
   int64_t scale_stride;
   const float* levels;        // float32 [16]
   const int16_t* levels_i16;  // int16 [16] for the integer kernel
   const void* x;              // [chunks, m, chunk], float32 or int16, zeros past k
   const float* x_scales;      // [chunks, m, chunk / 64, scale_copies], for the integer kernel
   int m;
-  int num_rows;  // 1 to kTaskRows
+  int num_rows;  // 1 to kGroupRows
   int64_t num_blocks;
-  float* y;  // [m, kTaskRows]
+  float* y;  // [m, kGroupRows]
 };
 
 // A kernel reads x in chunks of `chunk` elements, rearranged once a call so that no shuffle is needed inside:
