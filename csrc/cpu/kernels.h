@@ -41,6 +41,16 @@ using DequantizeBlocks = void (*)(const uint8_t* codes, const float* scales, con
 using QuantizeBlocks = int64_t (*)(const void* values, Dtype dtype, int64_t num_blocks, uint8_t* codes,
                                    float* absmax);
 
+// The map of block scales, and its entries byte by byte: planes[b][i] is byte b of values[i].
+struct ScaleMap {
+  const float* values;
+  alignas(64) uint8_t planes[4][256];
+};
+
+// out[i] = round(round(map[codes[i]] * factor) + offset), i = 0 .. count - 1.
+using ScaleBlocks = void (*)(const ScaleMap& map, const uint8_t* codes, int64_t count, float factor,
+                             float offset, float* out);
+
 // Some rows of a fused product y = x W^T over k = 64 * num_blocks, and x as the kernel wants it
 // (LinearKernel).
 struct LinearRows {
@@ -71,6 +81,7 @@ struct LinearKernel {
 
 struct Kernels {
   const char* isa;
+  ScaleBlocks scale_blocks;  // null: this ISA has nothing better than a loop
   DequantizeBlocks dequantize_blocks;
   QuantizeBlocks quantize_blocks;
   LinearKernel linear_f32;  // float32 throughout
@@ -99,7 +110,18 @@ float quantize_absmax(const float* absmax, int64_t n, uint8_t* codes, float* nes
 void linear(const void* x, Dtype x_dtype, int m, const Packed& packed, int64_t n, int64_t k, void* out,
             Dtype out_dtype, int threads);
 
-// scales.cpp: float32 scales of blocks [first, first + count).
-void decode_scales(const Packed& packed, int64_t first, int64_t count, float* scales);
+// scales.cpp: decodes float32 scales of blocks.
+class Scales {
+ public:
+  // `num_blocks`, the number to be decoded in all, decides whether tables are worth making.
+  Scales(const Packed& packed, int64_t num_blocks);
+  // Those of blocks [first, first + count).
+  void decode(int64_t first, int64_t count, float* out) const;
+
+ private:
+  const Packed& packed_;
+  ScaleBlocks scale_blocks_;
+  ScaleMap map_;
+};
 
 }  // namespace nf4

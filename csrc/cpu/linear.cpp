@@ -168,6 +168,7 @@ void linear_blocks(const void* x, Dtype x_dtype, int m, const Packed& packed, in
   const ArrangedX arranged(x, x_dtype, m, k, kernel, integers, levels.unit, threads);
 
   const int64_t num_blocks = k / kBlock;
+  const Scales all_scales(packed, n * num_blocks);
   const int64_t chunk_blocks = kernel.chunk / kBlock;
   LinearRows common{};
   common.scale_stride = (num_blocks + chunk_blocks - 1) / chunk_blocks * chunk_blocks;
@@ -181,15 +182,20 @@ void linear_blocks(const void* x, Dtype x_dtype, int m, const Packed& packed, in
     LinearRows rows = common;
     rows.num_rows = int(std::min<int64_t>(kGroupRows, n - begin));
     rows.codes = packed.codes + begin * num_blocks * kBlockBytes;
+    const int64_t stride = rows.scale_stride, first_block = begin * num_blocks;
     thread_local std::vector<float> scales;
-    scales.assign(size_t(rows.num_rows * rows.scale_stride), 0.0f);
-    for (int row = 0; row < rows.num_rows; ++row) {
-      const int64_t block = (begin + row) * num_blocks;
-      decode_scales(packed, block, num_blocks, scales.data() + row * rows.scale_stride);
-      for (int64_t i = 0; i < num_blocks; i += kLineBytes) {
-        __builtin_prefetch(packed.absmax + block + kGroupRows * num_blocks + i);
+    scales.resize(size_t(kGroupRows * stride));
+    if (stride == num_blocks) {
+      all_scales.decode(first_block, rows.num_rows * num_blocks, scales.data());
+    } else {
+      for (int row = 0; row < rows.num_rows; ++row) {
+        float* const row_scales = scales.data() + row * stride;
+        all_scales.decode(first_block + row * num_blocks, num_blocks, row_scales);
+        std::fill(row_scales + num_blocks, row_scales + stride, 0.0f);
       }
     }
+    const uint8_t* const next_scales = packed.absmax + first_block + kGroupRows * num_blocks;
+    for (int64_t i = 0; i < kGroupRows * num_blocks; i += kLineBytes) __builtin_prefetch(next_scales + i);
     rows.scales = scales.data();
     float y[kMaxRows * kGroupRows];
     rows.y = y;
