@@ -56,9 +56,9 @@ def main() -> None:
             [
                 name,
                 round(result["file_bytes"] / 1e6, 1),
-                round(result["before"], 2),
-                round(result["after"], 2),
-                round(result["after"] / original["after"], 4),
+                f"{result['before']:.2f}",
+                f"{result['after']:.2f}",
+                f"{result['after'] / original['after']:.4f}",
                 round(result["tokens_per_second"]),
             ]
             for name, result in results.items()
