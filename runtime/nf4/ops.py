@@ -21,10 +21,11 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from nf4format import _native
+from nf4format import _native, blocks
 from nf4format.codebook import BLOCK, NESTED_BLOCK
 
 KERNEL_ROWS = 8  # the most rows that one call of the fused product takes
@@ -55,11 +56,11 @@ class _Weight:
     def __init__(self, packed: Sequence[Any], rows: int, columns: int) -> None:
         codes, absmax, quant_map, nested_absmax, nested_quant_map, nested_offset = packed
         size = rows * columns
-        blocks = math.ceil(size / BLOCK)
+        num_blocks = math.ceil(size / BLOCK)
         _check("codes", codes, torch.uint8, math.ceil(size / 2))
-        _check("absmax", absmax, torch.uint8, blocks)
+        _check("absmax", absmax, torch.uint8, num_blocks)
         _check("quant_map", quant_map, torch.float32, 16)
-        _check("nested_absmax", nested_absmax, torch.float32, math.ceil(blocks / NESTED_BLOCK))
+        _check("nested_absmax", nested_absmax, torch.float32, math.ceil(num_blocks / NESTED_BLOCK))
         _check("nested_quant_map", nested_quant_map, torch.float32, 256)
         self.rows, self.columns = rows, columns
         self.addresses = (
@@ -112,7 +113,7 @@ class _Weight:
 def _dequantize(*arguments: Any) -> Tensor:
     *packed, shape, dtype = arguments
     weight = _Weight(packed, 1, math.prod(shape))
-    out = torch.empty(shape, dtype=_floating("dtype", dtype))
+    out = _empty(math.prod(shape), _floating("dtype", dtype)).view(shape)
     weight.decode(0, 1, out, torch.get_num_threads())
     return out
 
@@ -186,6 +187,11 @@ def fused_rows(dtype: torch.dtype) -> int:
     return 16 if matmul_dtype(dtype) == dtype else 64
 
 
+def _empty(elements: int, dtype: torch.dtype) -> Tensor:
+    """Uninitialised [elements], on huge pages where it is large enough to gain by them."""
+    return torch.from_numpy(blocks.empty(elements * dtype.itemsize, np.uint8)).view(dtype)
+
+
 _local = threading.local()
 
 
@@ -194,7 +200,7 @@ def _workspace(elements: int, dtype: torch.dtype) -> Tensor:
     size = elements * dtype.itemsize
     held: Tensor | None = getattr(_local, "workspace", None)
     if held is None or held.numel() < size:
-        held = _local.workspace = torch.empty(size, dtype=torch.uint8)
+        held = _local.workspace = _empty(size, torch.uint8)
     return held[:size].view(dtype)
 
 
