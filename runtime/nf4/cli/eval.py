@@ -33,6 +33,7 @@ Examples:
     "--separator",
     help="What stands between documents; empty: the text is one.  [default: a line <|doc|>]",
 )
+@click.option("--device", default="auto", help="cpu, cuda, cuda:1; auto: a GPU where one can be used.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: torch's choice]")
 @click.option("--json", "as_json", is_flag=True, help="The result as one JSON object.")
 def command(
@@ -42,6 +43,7 @@ def command(
     window: int,
     adapter: Path | None,
     dtype: str | None,
+    device: str,
     limit: int | None,
     separator: str | None,
     threads: int | None,
@@ -70,7 +72,7 @@ def command(
         got = f"byte {error.object[error.start]:#04x} at offset {error.start}"
         raise LoadError(text, "not a text", expected="UTF-8", got=got) from error
     started = time.perf_counter()
-    model = load(file, dtype=dtype, adapter=adapter)
+    model = load(file, device=device, dtype=dtype, adapter=adapter)
     assert model.source is not None
     tokenizer = Tokenizer.from_file(model.source)
     ids = encode_documents(tokenizer, content, DOCUMENT_SEPARATOR if separator is None else separator)
@@ -89,6 +91,7 @@ def command(
             "adapter": str(adapter) if adapter else None,
             "text": str(text),
             "window": window,
+            "device": str(model.device),
             "dtype": dtype_name,
             "perplexity": result.perplexity,
             "mean_nll": result.mean_nll,
@@ -98,5 +101,7 @@ def command(
         click.echo(json.dumps(facts, indent=2))
         return
     click.echo(f"perplexity  {result.perplexity:.4f}")
-    click.echo(f"tokens      {result.tokens:,} predicted, windows of {window}, {dtype_name}")
+    click.echo(
+        f"tokens      {result.tokens:,} predicted, windows of {window}, {dtype_name} on {model.device}"
+    )
     click.echo(f"speed       {result.tokens / seconds:,.0f} tokens/s, {seconds:.1f} s")
