@@ -93,26 +93,28 @@ class _Weight(PackedOperand):
 def dequantize(*arguments: Any) -> Tensor:
     *packed, shape, dtype = arguments
     device = packed[0].device
+    weight = _Weight(packed, 1, math.prod(shape), device)
     out = torch.empty(shape, dtype=floating("dtype", dtype), device=device)
     with torch.cuda.device(device):
-        _Weight(packed, 1, math.prod(shape), device).decode(0, 1, out)
+        weight.decode(0, 1, out)
     return out
 
 
 def embedding(ids: Tensor, *arguments: Any) -> Tensor:
     *packed, rows, width, dtype = arguments
+    weight = _Weight(packed, rows, width, ids.device)
     out = torch.empty(*ids.shape, width, dtype=floating("dtype", dtype), device=ids.device)
-    with torch.cuda.device(packed[0].device):
-        _Weight(packed, rows, width, ids.device).look_up(ids.long().contiguous(), out)
+    with torch.cuda.device(ids.device):
+        weight.look_up(ids.long().contiguous(), out)
     return out
 
 
 def linear(x: Tensor, *arguments: Any) -> Tensor:
     *packed, out_features = arguments
+    weight = _Weight(packed, out_features, x.shape[-1], x.device)
     x_MK = matrix("x", x)
     y_MN = x_MK.new_empty(x_MK.shape[0], out_features)
-    with torch.cuda.device(packed[0].device):
-        weight = _Weight(packed, out_features, x.shape[-1], x.device)
+    with torch.cuda.device(x.device):
         if y_MN.numel() == 0 or x_MK.shape[1] == 0:
             y_MN.zero_()
         elif x_MK.shape[0] <= fused_rows(x.dtype, weight.columns, weight.codes):
@@ -126,10 +128,10 @@ def linear(x: Tensor, *arguments: Any) -> Tensor:
 
 def linear_input_grad(grad: Tensor, *arguments: Any) -> Tensor:
     *packed, in_features = arguments
+    weight = _Weight(packed, grad.shape[-1], in_features, grad.device)
     grad_MN = matrix("grad", grad)
     total: Tensor | None = None
-    with torch.cuda.device(packed[0].device):
-        weight = _Weight(packed, grad.shape[-1], in_features, grad.device)
+    with torch.cuda.device(grad.device):
         if grad_MN.numel() and in_features:
             with weight.panels(grad.dtype) as panels:
                 for first, last, panel in panels:
