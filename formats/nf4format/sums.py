@@ -99,7 +99,9 @@ def sums_bytes(data_bytes: int, num_files: int) -> int:
 
 def xxh3(data: bytes | memoryview) -> int:
     """XXH3-64, seed 0."""
-    return xxhash.xxh3_64_intdigest(data)
+    state = xxhash.xxh3_64()  # not the one-shot function, which in some versions keeps the interpreter lock
+    state.update(data)
+    return state.intdigest()
 
 
 def compute_sums(
