@@ -99,9 +99,7 @@ def sums_bytes(data_bytes: int, num_files: int) -> int:
 
 def xxh3(data: bytes | memoryview) -> int:
     """XXH3-64, seed 0."""
-    state = xxhash.xxh3_64()  # not the one-shot function, which in some versions keeps the interpreter lock
-    state.update(data)
-    return state.intdigest()
+    return xxhash.xxh3_64_intdigest(data)
 
 
 def compute_sums(
