@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from nf4.config import ModelConfig
 from nf4.decoder import CausalLM
+from nf4.ops_cpu import matmul_dtype
 
 SEPARATOR = "\n<|doc|>\n"
 VOCAB_SIZE = 2048
@@ -83,12 +84,13 @@ def train(model: CausalLM, tokens: torch.Tensor, steps: int, batch: int, seed: i
         optimizer,
         lambda step: min((step + 1) / warmup, 0.05 + 0.95 * (1 + math.cos(math.pi * step / steps)) / 2),
     )
+    has_bf16 = matmul_dtype(torch.bfloat16) == torch.bfloat16  # else autocast would slow it down
     losses: list[float] = []
     progress = tqdm(range(steps), desc="training a small Llama", unit="step", disable=None)
     for _ in progress:
         starts = torch.randint(len(tokens) - CONTEXT - 1, (batch,), generator=order)
         window = torch.stack([tokens[start : start + CONTEXT + 1] for start in starts.tolist()])
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=has_bf16):
             logits = model(window[:, :-1])
         loss = functional.cross_entropy(logits.float().flatten(0, 1), window[:, 1:].flatten())
         loss.backward()
@@ -124,7 +126,7 @@ def save(model: CausalLM, tokenizer: Tokenizer, out_dir: Path) -> None:
 @click.command()
 @click.argument("text", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("out_dir", type=click.Path(file_okay=False, path_type=Path))
-@click.option("--steps", default=400, show_default=True, help="Optimizer steps.")
+@click.option("--steps", default=700, show_default=True, help="Optimizer steps.")
 @click.option("--batch", default=8, show_default=True, help=f"Windows of {CONTEXT} tokens a step.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the initial weights and of the order.")
 def main(text: Path, out_dir: Path, steps: int, batch: int, seed: int) -> None:

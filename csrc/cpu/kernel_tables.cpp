@@ -12,6 +12,7 @@ namespace nf4 {
 NF4_DECLARE_KERNELS(portable);
 int linear_order_portable(int);
 const Kernels kernels_portable = {"portable",
+                                  nullptr,
                                   dequantize_blocks_portable,
                                   quantize_blocks_portable,
                                   {64, 1, linear_order_portable, linear_f32_portable},
@@ -23,16 +24,19 @@ void linear_i16_avx2(const LinearRows&);
 int linear_order_f32_avx2(int);
 int linear_order_i16_avx2(int);
 const Kernels kernels_avx2 = {"avx2",
+                              nullptr,
                               dequantize_blocks_avx2,
                               quantize_blocks_avx2,
                               {64, 1, linear_order_f32_avx2, linear_f32_avx2},
                               {64, 1, linear_order_i16_avx2, linear_i16_avx2}};
 
 NF4_DECLARE_KERNELS(avx512);
+void scale_blocks_avx512(const ScaleMap&, const uint8_t*, int64_t, float, float, float*);
 void linear_i16_avx512(const LinearRows&);
 int linear_order_f32_avx512(int);
 int linear_order_i16_avx512(int);
 const Kernels kernels_avx512 = {"avx512",
+                                scale_blocks_avx512,
                                 dequantize_blocks_avx512,
                                 quantize_blocks_avx512,
                                 {128, 1, linear_order_f32_avx512, linear_f32_avx512},

@@ -17,7 +17,7 @@ constexpr int64_t kBlock = 64;         // elements under one scale
 constexpr int64_t kBlockBytes = 32;    // their codes: two a byte, the first element in the high nibble
 constexpr int64_t kNestedBlock = 256;  // scales under one second-level scale
 constexpr int kMaxRows = 8;            // rows of x that a fused product takes
-constexpr int kTaskRows = 16;          // rows of W that a kernel of the fused product takes at a time
+constexpr int kGroupRows = 16;         // rows of W that a kernel of the fused product takes at a time
 
 static inline int64_t dtype_bytes(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
 
@@ -32,7 +32,8 @@ struct Packed {
 };
 
 // Decodes num_blocks blocks to `out`. Stores are plain: whatever reads the result next finds part of it in
-// cache, and past the caches non-temporal stores measured the same (Zen 4).
+// cache. Past the caches non-temporal stores measured a quarter faster or slower (Zen 4, two threads), by the
+// bandwidth that the neighbours on the machine left, and slower into new memory.
 using DequantizeBlocks = void (*)(const uint8_t* codes, const float* scales, const float* quant_map,
                                   int64_t num_blocks, void* out, Dtype out_dtype);
 
@@ -41,20 +42,32 @@ using DequantizeBlocks = void (*)(const uint8_t* codes, const float* scales, con
 using QuantizeBlocks = int64_t (*)(const void* values, Dtype dtype, int64_t num_blocks, uint8_t* codes,
                                    float* absmax);
 
+// The map of block scales, and its entries byte by byte: planes[b][i] is byte b of values[i].
+struct ScaleMap {
+  const float* values;
+  alignas(64) uint8_t planes[4][256];
+};
+
+// out[i] = round(round(map[codes[i]] * factor) + offset), i = 0 .. count - 1.
+using ScaleBlocks = void (*)(const ScaleMap& map, const uint8_t* codes, int64_t count, float factor,
+                             float offset, float* out);
+
 // Some rows of a fused product y = x W^T over k = 64 * num_blocks, and x as the kernel wants it
 // (LinearKernel).
 struct LinearRows {
-  const uint8_t* codes;  // [num_rows, num_blocks * 32]
-  const float* scales;   // [num_rows, scale_stride]: num_blocks scales, then zeros up to a whole chunk
+  // [num_rows, num_blocks * 32]. With each piece that it reads, a kernel prefetches the same piece of the
+  // group of rows that follows in memory: rows are short for the processor to see a stream in them.
+  const uint8_t* codes;
+  const float* scales;  // [num_rows, scale_stride]: num_blocks scales, then zeros up to a whole chunk
   int64_t scale_stride;
   const float* levels;        // float32 [16]
   const int16_t* levels_i16;  // int16 [16] for the integer kernel
   const void* x;              // [chunks, m, chunk], float32 or int16, zeros past k
   const float* x_scales;      // [chunks, m, chunk / 64, scale_copies], for the integer kernel
   int m;
-  int num_rows;  // 1 to kTaskRows
+  int num_rows;  // 1 to kGroupRows
   int64_t num_blocks;
-  float* y;  // [m, kTaskRows]
+  float* y;  // [m, kGroupRows]
 };
 
 // A kernel reads x in chunks of `chunk` elements, rearranged once a call so that no shuffle is needed inside:
@@ -69,6 +82,7 @@ struct LinearKernel {
 
 struct Kernels {
   const char* isa;
+  ScaleBlocks scale_blocks;  // null: this ISA has nothing better than a loop
   DequantizeBlocks dequantize_blocks;
   QuantizeBlocks quantize_blocks;
   LinearKernel linear_f32;  // float32 throughout
@@ -97,7 +111,18 @@ float quantize_absmax(const float* absmax, int64_t n, uint8_t* codes, float* nes
 void linear(const void* x, Dtype x_dtype, int m, const Packed& packed, int64_t n, int64_t k, void* out,
             Dtype out_dtype, int threads);
 
-// scales.cpp: float32 scales of blocks [first, first + count).
-void decode_scales(const Packed& packed, int64_t first, int64_t count, float* scales);
+// scales.cpp: decodes float32 scales of blocks.
+class Scales {
+ public:
+  // `num_blocks`, the number to be decoded in all, decides whether tables are worth making.
+  Scales(const Packed& packed, int64_t num_blocks);
+  // Those of blocks [first, first + count).
+  void decode(int64_t first, int64_t count, float* out) const;
+
+ private:
+  const Packed& packed_;
+  ScaleBlocks scale_blocks_;
+  ScaleMap map_;
+};
 
 }  // namespace nf4

@@ -22,6 +22,12 @@ constexpr float kLargestLevel = 16384.0f;
 constexpr float kLargestX = 16000.0f;
 constexpr int kMaxChunk = 128;       // elements, of the kernels' chunks
 constexpr int64_t kTaskChunks = 16;  // to rearrange
+constexpr int64_t kLineBytes = 64;   // of a cache line
+// A task is several groups of rows, as what the last one prefetches is often the other threads' to read; and
+// yet tasks are enough for every thread.
+constexpr int64_t kTaskBytes = 256 << 10;  // of codes
+constexpr int64_t kTasksPerThread = 4;
+
 void store(void* values, Dtype dtype, int64_t i, float value) {
   switch (dtype) {
     case Dtype::bfloat16:
@@ -162,6 +168,7 @@ void linear_blocks(const void* x, Dtype x_dtype, int m, const Packed& packed, in
   const ArrangedX arranged(x, x_dtype, m, k, kernel, integers, levels.unit, threads);
 
   const int64_t num_blocks = k / kBlock;
+  const Scales all_scales(packed, n * num_blocks);
   const int64_t chunk_blocks = kernel.chunk / kBlock;
   LinearRows common{};
   common.scale_stride = (num_blocks + chunk_blocks - 1) / chunk_blocks * chunk_blocks;
@@ -171,25 +178,41 @@ void linear_blocks(const void* x, Dtype x_dtype, int m, const Packed& packed, in
   common.x_scales = arranged.scales();
   common.m = m;
   common.num_blocks = num_blocks;
-  parallel_for((n + kTaskRows - 1) / kTaskRows, threads, [&](int64_t task) {
-    const int64_t begin = task * kTaskRows;
+  const auto multiply_group = [&](int64_t begin) {
     LinearRows rows = common;
-    rows.num_rows = int(std::min<int64_t>(kTaskRows, n - begin));
+    rows.num_rows = int(std::min<int64_t>(kGroupRows, n - begin));
     rows.codes = packed.codes + begin * num_blocks * kBlockBytes;
+    const int64_t stride = rows.scale_stride, first_block = begin * num_blocks;
     thread_local std::vector<float> scales;
-    scales.assign(size_t(rows.num_rows * rows.scale_stride), 0.0f);
-    for (int row = 0; row < rows.num_rows; ++row) {
-      decode_scales(packed, (begin + row) * num_blocks, num_blocks, scales.data() + row * rows.scale_stride);
+    scales.resize(size_t(kGroupRows * stride));
+    if (stride == num_blocks) {
+      all_scales.decode(first_block, rows.num_rows * num_blocks, scales.data());
+    } else {
+      for (int row = 0; row < rows.num_rows; ++row) {
+        float* const row_scales = scales.data() + row * stride;
+        all_scales.decode(first_block + row * num_blocks, num_blocks, row_scales);
+        std::fill(row_scales + num_blocks, row_scales + stride, 0.0f);
+      }
     }
+    const uint8_t* const next_scales = packed.absmax + first_block + kGroupRows * num_blocks;
+    for (int64_t i = 0; i < kGroupRows * num_blocks; i += kLineBytes) __builtin_prefetch(next_scales + i);
     rows.scales = scales.data();
-    float y[kMaxRows * kTaskRows];
+    float y[kMaxRows * kGroupRows];
     rows.y = y;
     kernel.run(rows);
     for (int i = 0; i < m; ++i) {
       for (int row = 0; row < rows.num_rows; ++row) {
-        store(out, out_dtype, i * n + begin + row, y[i * kTaskRows + row]);
+        store(out, out_dtype, i * n + begin + row, y[i * kGroupRows + row]);
       }
     }
+  };
+  const int64_t num_groups = (n + kGroupRows - 1) / kGroupRows;
+  const int64_t task_groups =
+      std::max<int64_t>(1, std::min(kTaskBytes / (kGroupRows * num_blocks * kBlockBytes),
+                                    num_groups / (kTasksPerThread * threads)));
+  parallel_for((num_groups + task_groups - 1) / task_groups, threads, [&](int64_t task) {
+    const int64_t end = std::min(num_groups, (task + 1) * task_groups);
+    for (int64_t group = task * task_groups; group < end; ++group) multiply_group(group * kGroupRows);
   });
 }
 
@@ -202,11 +225,11 @@ void linear_any(const void* x, Dtype x_dtype, int m, const Packed& packed, int64
     widen(static_cast<const char*>(x) + i * k * dtype_bytes(x_dtype), x_dtype, 0, k,
           wide.data() + i * stride);
   }
-  parallel_for((n + kTaskRows - 1) / kTaskRows, threads, [&](int64_t task) {
+  parallel_for((n + kGroupRows - 1) / kGroupRows, threads, [&](int64_t task) {
     thread_local std::vector<float> weights;
     weights.assign(size_t(stride), 0.0f);
-    const int64_t end = std::min(n, (task + 1) * kTaskRows);
-    for (int64_t row = task * kTaskRows; row < end; ++row) {
+    const int64_t end = std::min(n, (task + 1) * kGroupRows);
+    for (int64_t row = task * kGroupRows; row < end; ++row) {
       dequantize(packed, row * k, (row + 1) * k, weights.data(), Dtype::float32, 1);
       for (int i = 0; i < m; ++i) {
         float lanes[8] = {};

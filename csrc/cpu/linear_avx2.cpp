@@ -30,6 +30,7 @@ void rows_f32(const LinearRows& rows) {
     for (int i = 0; i < m; ++i) sums[i] = _mm256_setzero_ps();
     for (int64_t block = 0; block < rows.num_blocks; ++block) {
       const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
+      _mm_prefetch(codes + kGroupRows * rows.num_blocks * kBlockBytes, _MM_HINT_T1);
       __m256 products[m];
 #pragma GCC unroll 8
       for (int i = 0; i < m; ++i) products[i] = _mm256_setzero_ps();
@@ -53,7 +54,7 @@ void rows_f32(const LinearRows& rows) {
       x += kBlock * m;
     }
 #pragma GCC unroll 8
-    for (int i = 0; i < m; ++i) rows.y[i * kTaskRows + row] = sum_of(sums[i]);
+    for (int i = 0; i < m; ++i) rows.y[i * kGroupRows + row] = sum_of(sums[i]);
   }
 }
 
@@ -75,6 +76,7 @@ void rows_i16(const LinearRows& rows) {
     for (int i = 0; i < m; ++i) sums[i] = _mm256_setzero_ps();
     for (int64_t block = 0; block < rows.num_blocks; ++block) {
       const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
+      _mm_prefetch(codes + kGroupRows * rows.num_blocks * kBlockBytes, _MM_HINT_T1);
       const __m256i even = _mm256_and_si256(_mm256_srli_epi16(packed, 4), nibble);
       const __m256i odd = _mm256_and_si256(packed, nibble);
       const __m256i even_low = _mm256_shuffle_epi8(low_bytes, even);
@@ -100,7 +102,7 @@ void rows_i16(const LinearRows& rows) {
       x += kBlock * m;
     }
 #pragma GCC unroll 8
-    for (int i = 0; i < m; ++i) rows.y[i * kTaskRows + row] = sum_of(sums[i]);
+    for (int i = 0; i < m; ++i) rows.y[i * kGroupRows + row] = sum_of(sums[i]);
   }
 }
 

@@ -36,7 +36,7 @@ __m512 spread_pair(const float* pair) {
 constexpr int64_t kSegmentBytes = 16384;  // of x: half of a first-level cache
 
 // Running sums of a task, by row of W and row of x.
-using Sums = __m512[kTaskRows][kMaxRows];
+using Sums = __m512[kGroupRows][kMaxRows];
 
 // Adds blocks [begin, end) of `pair` rows of W, from `row` on, to their sums.
 template <int m, int pair>
@@ -55,8 +55,9 @@ void add_f32(const LinearRows& rows, int row, int64_t begin, int64_t end, Sums& 
     __m512 products[pair][m];
 #pragma GCC unroll 8
     for (int r = 0; r < pair; ++r) {
-      packed[r] =
-          load_chunk(rows.codes + (row + r) * row_bytes + block * kBlockBytes, rows.num_blocks - block);
+      const uint8_t* const codes = rows.codes + (row + r) * row_bytes + block * kBlockBytes;
+      packed[r] = load_chunk(codes, rows.num_blocks - block);
+      _mm_prefetch(codes + kGroupRows * row_bytes, _MM_HINT_T1);
 #pragma GCC unroll 8
       for (int i = 0; i < m; ++i) products[r][i] = _mm512_setzero_ps();
     }
@@ -108,6 +109,7 @@ void add_i16(const LinearRows& rows, int row, int64_t begin, int64_t end, Sums& 
     for (int r = 0; r < pair; ++r) {
       const uint8_t* const codes = rows.codes + (row + r) * row_bytes + block * kBlockBytes;
       const __m512i packed = load_chunk(codes, rows.num_blocks - block);
+      _mm_prefetch(codes + kGroupRows * row_bytes, _MM_HINT_T1);
 #pragma GCC unroll 4
       for (int plane = 0; plane < 4; ++plane) {
         levels[r][plane] = _mm512_permutexvar_epi16(_mm512_srli_epi16(packed, 4 * plane), table);
@@ -171,7 +173,7 @@ void run(const LinearRows& rows) {
   }
   for (int row = 0; row < rows.num_rows; ++row) {
 #pragma GCC unroll 8
-    for (int i = 0; i < m; ++i) rows.y[i * kTaskRows + row] = _mm512_reduce_add_ps(sums[row][i]);
+    for (int i = 0; i < m; ++i) rows.y[i * kGroupRows + row] = _mm512_reduce_add_ps(sums[row][i]);
   }
 }
 

@@ -30,7 +30,7 @@ void linear_f32_portable(const LinearRows& rows) {
       }
       codes += kBlockBytes;
     }
-    for (int m = 0; m < rows.m; ++m) rows.y[m * kTaskRows + row] = sums[m];
+    for (int m = 0; m < rows.m; ++m) rows.y[m * kGroupRows + row] = sums[m];
   }
 }
 

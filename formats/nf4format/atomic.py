@@ -47,8 +47,9 @@ class AtomicFile:
         fd: open for reading and writing, inside the block.
 
     Raises:
-        WriteError: the directory is missing or not writable, the destination is a directory (or exists and
-            `overwrite` is False), the name is too long, the disk is full, a write or sync fails.
+        WriteError: the directory is missing or not writable, the destination is a directory or a device
+            (or exists and `overwrite` is False), the name is too long, the disk is full, a write or sync
+            fails.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, overwrite: bool = True) -> None:
@@ -61,6 +62,8 @@ class AtomicFile:
         _check_destination(self.path)
         if self.path.is_dir():
             _refuse(self.path, "is a directory", "give the name of a file")
+        if self.path.exists() and not self.path.is_file():  # a rename would replace /dev/null itself
+            _refuse(self.path, "is a device, pipe or socket", "give the name of a file")
         if not self._overwrite and os.path.lexists(self.path):
             _refuse_existing(self.path)
         # O_EXCL and O_NOFOLLOW: never through a link that someone else put there.

@@ -23,6 +23,9 @@ WEIGHTS_NAME = "model.safetensors"
 
 # What transformers leaves in 16 bits when `llm_int8_skip_modules` is null: the head and what is tied to it.
 _DEFAULT_KEPT = frozenset({"lm_head", "model.embed_tokens"})
+# Families whose projections are transformers' Conv1D, stored [in, out]: its 4-bit loader expects [out, in].
+_TRANSPOSED_FAMILIES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
+_EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
 _EMBEDDING = re.compile(r"(^|\.)([^.]*embed[^.]*|wte|wpe|shared)\.weight$")
 
 
@@ -89,12 +92,22 @@ def skip_modules(file: Nf4File) -> list[str] | None:
 
 
 def _exported_config(file: Nf4File) -> dict[str, Any]:
+    family = file.config.get("model_type")
+    if family in _TRANSPOSED_FAMILIES and file.packed_names:
+        raise LoadError(
+            file.path,
+            f"the weights of {family} are stored transposed, and transformers does not load them from 4 bits",
+            remedy="compile with --exclude '*'",
+        )
     for name in file.packed_names:
         shape = file.packed(name).shape
         problem, remedy = "", ""
         if len(shape) != 2:
             problem = f"NF4 of {len(shape)} dimensions (fused experts), which transformers does not load"
             remedy = f"compile with --exclude {name!r}"
+        elif _EXPERT.search(name):
+            problem = "an NF4 expert: transformers fuses experts when it loads, which it cannot in 4 bits"
+            remedy = "compile with --exclude '*.experts.*'"
         elif _EMBEDDING.search(name):
             problem = "an NF4 embedding, which transformers does not load"
             remedy = "compile without --quantize-embeddings"

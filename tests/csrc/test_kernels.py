@@ -158,6 +158,15 @@ def test_dequantize_of_any_range_equals_the_reference(
     np.testing.assert_array_equal(out.check().view(unsigned), expected.view(unsigned))
 
 
+@pytest.mark.parametrize("start", [0, 64 * 7, 64 * 250 + 3])
+def test_dequantize_of_many_blocks_equals_the_reference(start: int) -> None:
+    """Enough blocks for every entry of the map of scales, and for kernels that make tables for it first."""
+    packed = random_packed((64 * 6000 + 5,), 11)
+    ours = blocks.dequantize(packed, "float32", start=start)
+    expected = reference.dequantize(packed, "float32", start=start)
+    np.testing.assert_array_equal(ours.view(np.uint32), expected.view(np.uint32))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dequantize_rounds_overflow_subnormals_and_nan(dtype: Dtype) -> None:
     for scale in (3e38, 65504.0, 65519.0, 65521.0, 1e-5, 6e-8, 2e-8, 1e-38, 1e-40, np.nan, np.inf):

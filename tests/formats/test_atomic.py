@@ -165,6 +165,15 @@ def test_bad_destinations(tmp_path: Path) -> None:
     assert names(tmp_path) == ["file"]
 
 
+def test_devices_and_pipes_are_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/null")):
+        with pytest.raises(WriteError, match="is a device, pipe or socket"):
+            write_bytes(path, b"data")
+    assert not Path("/dev/null").is_file()
+    assert names(tmp_path) == ["pipe"]
+
+
 def test_longest_name(tmp_path: Path) -> None:
     write_bytes(tmp_path / ("x" * 255), b"data")
     assert names(tmp_path) == ["x" * 255]

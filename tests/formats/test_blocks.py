@@ -253,3 +253,12 @@ def test_arguments_are_checked() -> None:
     with pytest.raises(ValueError, match="m: expected 1 to 8, got 9"):
         matrix = blocks.quantize(values.reshape(2, 64), "float32")
         blocks.linear(np.zeros((9, 64), np.float32), "float32", matrix)
+
+
+@pytest.mark.parametrize("size", [0, 1, 1000, (4 << 20) - 1, 4 << 20, (9 << 20) + 3])
+def test_new_outputs_begin_at_a_line_or_at_a_huge_page(size: int) -> None:
+    array = blocks.empty(size, np.uint8)
+    assert (array.shape, array.dtype, array.flags.c_contiguous) == ((size,), np.uint8, True)
+    if size:
+        assert array.ctypes.data % (64 if size < 4 << 20 else 2 << 20) == 0
+    assert blocks.empty(7, np.float32).nbytes == 28

@@ -45,7 +45,7 @@ def test_inspect(run, packed):
     assert status == 0
     assert "llama: 3 layers, 128 hidden, 320 tokens, untied embeddings" in out
     assert "model.layers.2.mlp.down_proj.weight" in out
-    status, out, _ = run("inspect", packed, "--json")
+    status, out, _ = run("inspect", packed, "--json", "-")
     facts = json.loads(out)
     assert facts["packed"]["tensors"] == 21
     assert facts["parameters"] == facts["packed"]["parameters"] + facts["kept"]["parameters"]
@@ -82,7 +82,7 @@ def test_verify_names_what_is_hurt(run, packed, tmp_path):
 
 def test_eval(run, packed, text):
     arguments = ("eval", packed, text, "--window", 32, "--dtype", "float32")
-    status, out, err = run(*arguments, "--json")
+    status, out, err = run(*arguments, "--json", "-")
     facts = json.loads(out)
     assert (status, err) == (0, "")
     assert (facts["window"], facts["dtype"], facts["tokens"] % 31) == (32, "float32", 0)
@@ -90,6 +90,19 @@ def test_eval(run, packed, text):
     status, out, _ = run(*arguments, "--limit", 62)
     assert status == 0
     assert "62 predicted, windows of 32, float32" in out
+
+
+def test_eval_writes_json_beside_its_text(run, packed, text, tmp_path):
+    path = tmp_path / "result.json"
+    status, out, _ = run("eval", packed, text, "--window", 32, "--json", path)
+    assert status == 0
+    assert f"perplexity  {json.loads(path.read_text())['perplexity']:.4f}" in out
+
+
+def test_eval_refuses_windows_beyond_the_context(run, packed, text):
+    status, out, err = run("eval", packed, text, "--window", 513)
+    assert (status, out) == (1, "")
+    assert err == f"nf4: {packed}: window, expected at most the model's 512 positions, got 513\n"
 
 
 def test_generate(run, packed):

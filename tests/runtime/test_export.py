@@ -111,6 +111,39 @@ def test_peft_trains_on_it(make_packed, tmp_path):
     assert losses[-1] < losses[0] - 0.1
 
 
+def test_our_adapter_gives_the_same_logits_in_peft_on_it(make_packed, tmp_path):
+    import bitsandbytes
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    import nf4
+    from nf4.lora import LoraConfig, add_lora, lora_layers
+
+    path = make_packed("llama")
+    with Nf4File.open(path) as file:
+        export_bnb(file, tmp_path / "out")
+    ours = nf4.load(path, dtype="float32")
+    add_lora(ours, LoraConfig(rank=4, alpha=8.0))
+    torch.manual_seed(0)
+    for _, layer in lora_layers(ours):
+        torch.nn.init.normal_(layer.lora_B, std=0.1)
+    nf4.save_adapter(ours, tmp_path / "adapter")
+
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for module in base.modules():  # all in float32, as ours, to tell rounding from mistakes
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.compute_dtype = module.weight.quant_state.dtype = torch.float32
+        else:
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.float()
+    without = base.train()(IDS).logits
+    theirs = PeftModel.from_pretrained(base, tmp_path / "adapter").train()
+    with torch.no_grad():
+        expected = ours(IDS)
+        assert (theirs(input_ids=IDS).logits - expected).abs().max() < 1e-4
+    assert (without - expected).abs().max() > 0.1  # the adapter matters
+
+
 def test_modules_left_in_16_bits_are_listed_where_they_are_not_the_default(make_packed):
     def listed(family="llama", options=None, **fields):
         with Nf4File.open(make_packed(family, options=options, **fields)) as file:
@@ -129,6 +162,37 @@ def test_nothing_packed_is_an_ordinary_checkpoint(make_packed, tmp_path):
     with Nf4File.open(make_packed("llama", options={"exclude": ("*",)})) as file:
         export_bnb(file, tmp_path / "out")
         assert json.loads((tmp_path / "out" / "config.json").read_text()) == file.config
+
+
+def test_packed_experts_are_refused(tmp_path):
+    """transformers fuses experts of a checkpoint into one tensor; with packed ones its load fails."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from qcompile.options import CompileOptions
+    from qcompile.pipeline import compile_checkpoint
+
+    shape = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2}
+    config = AutoConfig.for_model(
+        "mixtral", num_key_value_heads=2, vocab_size=300, num_local_experts=2, **shape
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "moe")
+    compile_checkpoint(tmp_path / "moe", tmp_path / "all.nf4")
+    with Nf4File.open(tmp_path / "all.nf4") as file, pytest.raises(LoadError, match=r"'\*\.experts\.\*'"):
+        export_bnb(file, tmp_path / "out")
+    compile_checkpoint(tmp_path / "moe", tmp_path / "some.nf4", CompileOptions(exclude=("*.experts.*",)))
+    with Nf4File.open(tmp_path / "some.nf4") as file:
+        export_bnb(file, tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").train()
+    assert type(model.model.layers[0].self_attn.q_proj).__name__ == "Linear4bit"
+    assert model(IDS).logits.isfinite().all()
+
+
+def test_transposed_weights_are_refused(make_packed, tmp_path):
+    with Nf4File.open(make_packed("llama")) as file:
+        file.config["model_type"] = "gpt2"
+        with pytest.raises(LoadError, match=r"gpt2 are stored transposed.*--exclude"):
+            export_bnb(file, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_refusals_leave_nothing(make_packed, tmp_path, monkeypatch):

@@ -81,7 +81,7 @@ def test_leading_dimensions_strides_and_empty_batches():
 
 def test_torch_library_checks():
     layer, table = NF4Linear(packed_weight(50, 37)), NF4Embedding(packed_weight(20, 8), torch.bfloat16)
-    for rows in (2, 40):
+    for rows in (2, 70):
         x = torch.randn(rows, 37, requires_grad=True)
         torch.library.opcheck(torch.ops.nf4.linear.default, (x, *layer.packed(), 50))
         grad = torch.randn(rows, 50)
@@ -141,3 +141,13 @@ def test_kept_embedding_stays_as_it_is():
     assert table(torch.tensor([8, 0])).equal(weight[[8, 0]])
     assert table.weight is weight
     assert not list(table.parameters())
+
+
+def test_a_large_decoded_weight_owns_its_memory():
+    """Its memory is numpy's, on huge pages; it must be an ordinary tensor all the same."""
+    weight = packed_weight(1040, 2048)
+    decoded = NF4Linear(weight).dequantize(torch.bfloat16)
+    again = NF4Linear(weight).dequantize(torch.bfloat16)
+    assert decoded.untyped_storage().nbytes() == 1040 * 2048 * 2
+    assert decoded.add_(1).ne(again).all()
+    assert torch.equal(again, exact(weight).to(torch.bfloat16))

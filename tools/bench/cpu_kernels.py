@@ -20,6 +20,7 @@ the product is therefore also timed over copies of the weight that together exce
 from __future__ import annotations
 
 import argparse
+import copy
 import ctypes
 import itertools
 import os
@@ -39,6 +40,7 @@ from nf4format import _native, blocks, reference
 from nf4format.blocks import ARRAY_DTYPES, Dtype, PackedTensor
 
 Call = Callable[[], Any]
+PAUSE_SECONDS = 0.02  # OpenMP threads of the contender before spin for some milliseconds
 LIMIT_BYTES = 256 << 20  # well beyond a last-level cache
 COLD_BYTES = 192 << 20  # of weight copies to take turns, likewise
 
@@ -50,7 +52,9 @@ def interleaved(contenders: dict[str, Call], rounds: int) -> dict[str, list[floa
         call()
     for _ in range(rounds):
         for name, call in contenders.items():
-            call()  # so that the contender before leaves no trace in caches and threads
+            time.sleep(PAUSE_SECONDS)
+            for _ in range(3):
+                call()  # so that the contender before leaves no trace in caches
             start = time.perf_counter()
             call()
             times[name].append((time.perf_counter() - start) * 1e3)
@@ -158,10 +162,8 @@ class Bench:
             kernel(*pointers, ctypes.c_longlong(64), *(ctypes.c_longlong(size) for size in packed.shape))
 
         def new_tensor() -> torch.Tensor:
-            fresh = torch.empty(packed.shape, dtype=getattr(torch, dtype))
-            into = fresh.view(torch.int16).numpy().view(np.uint16) if dtype == "bfloat16" else fresh.numpy()
-            blocks.dequantize(packed, dtype, out=into.reshape(-1), threads=self.threads)
-            return fresh
+            fresh = blocks.dequantize(packed, dtype, threads=self.threads)
+            return to_torch(fresh, dtype).view(packed.shape)
 
         c_kernel()
         assert torch.equal(new_tensor(), dequantize_4bit(codes, state))
@@ -192,6 +194,8 @@ class Bench:
             for _ in range(COLD_BYTES // packed.codes.nbytes)
         ]
         turns = itertools.cycle(copies)
+        module(tensor)  # converts its weight
+        module_turns = itertools.cycle([copy.deepcopy(module) for _ in copies])
 
         exact = reference.linear(reference.to_float32(x, dtype), packed)
         ours = blocks.linear(x, dtype, packed, "float32")
@@ -208,11 +212,12 @@ class Bench:
             f"{self.threads} threads, weight not in cache": cold,
             "bitsandbytes": lambda: bitsandbytes.matmul_4bit(tensor, codes.t(), state),
             "bitsandbytes, Linear4bit in evaluation": lambda: module(tensor),
+            "bitsandbytes, Linear4bit in evaluation, weight not in cache": lambda: next(module_turns)(tensor),
             f"torch, {dtype} weight": lambda: torch.nn.functional.linear(tensor, dense),
         }
 
     def eval_module(self, dtype: Dtype) -> torch.nn.Module:
-        """Linear4bit with the same weight, converted for inference as its first forward pass does."""
+        """Linear4bit with the same weight; its first forward pass converts it for inference."""
         import bitsandbytes
 
         kind = getattr(torch, dtype)

@@ -9,7 +9,6 @@ order and seed. The last part of the text is held out. Prints a table, writes it
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from report import Report, machine
 
 import nf4
 from nf4.lora import LoraConfig
@@ -49,19 +49,27 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         results = {name: run(name, arguments, Path(folder)) for name in BASES}
     original, packed = results["original"], results["nf4"]
-    print(f"{'base':10} {'bytes':>12} {'perplexity before':>18} {'after':>8} {'tokens/s':>10}")
-    for name, result in results.items():
-        print(
-            f"{name:10} {result['file_bytes']:12,} {result['before']:18.2f} {result['after']:8.2f}"
-            f" {result['tokens_per_second']:10,.0f}"
-        )
-    ratio = packed["after"] / original["after"]
-    print(f"4-bit base lowers perplexity {packed['before'] / packed['after']:.2f} times,")
-    print(f"and ends at {ratio:.4f} of the original base ({original['tokens']:,} tokens each)")
-    if arguments.json:
-        settings = {name: str(value) for name, value in vars(arguments).items() if name != "json"}
-        record = {"settings": settings, "threads": torch.get_num_threads(), "ratio": ratio, "bases": results}
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+    Report(
+        title=f"LoRA fine-tuning of {arguments.model.name} on {arguments.text.name}",
+        columns=["base", "file MB", "perplexity before", "after", "after / original", "tokens/s"],
+        rows=[
+            [
+                name,
+                round(result["file_bytes"] / 1e6, 1),
+                f"{result['before']:.2f}",
+                f"{result['after']:.2f}",
+                f"{result['after'] / original['after']:.4f}",
+                round(result["tokens_per_second"]),
+            ]
+            for name, result in results.items()
+        ],
+        machine=machine("nf4", "torch") | {"threads": str(torch.get_num_threads())},
+        notes=[
+            f"{packed['tokens']:,} tokens each; the same data, order, seed and adapter (rank "
+            f"{arguments.rank} on all linear layers, rate {arguments.lr:g}); {arguments.dtype}.",
+            f"Perplexity on the last {HELD_OUT:.0%} of the text, which is held out.",
+        ],
+    ).finish(arguments.json)
 
 
 def run(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:

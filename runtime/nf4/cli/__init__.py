@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 import click
 
+from nf4format.atomic import write_bytes
 from nf4format.errors import Nf4Error
 
 # Subcommand -> its help. nf4.cli.<name> is imported only when it runs, so `nf4 --help` stays fast.
@@ -40,6 +44,20 @@ class _LazyGroup(click.Group):
 @click.version_option(package_name="nf4")
 def group() -> None:
     """Load, run and fine-tune models packed by qcompile."""
+
+
+def write_json(path: str, facts: Mapping[str, Any]) -> bool:
+    """Write `facts` to a file, whole or not at all; or, where `path` is "-", to stdout: True then.
+
+    Raises:
+        WriteError: the file cannot be written.
+    """
+    text = json.dumps(facts, indent=2)
+    if path == "-":
+        click.echo(text)
+        return True
+    write_bytes(path, f"{text}\n".encode("ascii"))
+    return False
 
 
 def main() -> None:

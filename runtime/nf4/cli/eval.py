@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 
 import click
 
+from . import write_json
+
 _EXAMPLES = """\b
 Examples:
   nf4 eval model.nf4 held-out.txt --window 512
   nf4 eval model.nf4 held-out.txt --window 512 --adapter my-adapter
-  nf4 eval model.nf4 held-out.txt --limit 20000 --json
+  nf4 eval model.nf4 held-out.txt --limit 20000 --json result.json
 """
 
 
 @click.command(epilog=_EXAMPLES, context_settings={"show_default": True})
 @click.argument("file", type=click.Path(path_type=Path))
 @click.argument("text", type=click.Path(path_type=Path))
-@click.option("--window", type=int, default=512, help="Tokens the model sees at once, BOS included.")
+@click.option(
+    "--window",
+    type=int,
+    help="Tokens the model sees at once, BOS included.  [default: 512, or the model's context if shorter]",
+)
 @click.option(
     "--adapter", type=click.Path(path_type=Path), help="PEFT adapter directory to put on the model."
 )
@@ -35,19 +40,21 @@ Examples:
 )
 @click.option("--device", default="auto", help="cpu, cuda, cuda:1; auto: a GPU where one can be used.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: torch's choice]")
-@click.option("--json", "as_json", is_flag=True, help="The result as one JSON object.")
+@click.option(
+    "--json", "json_path", metavar="PATH", help="Write the result as JSON too; '-': to stdout, alone."
+)
 def command(
     *,
     file: Path,
     text: Path,
-    window: int,
+    window: int | None,
     adapter: Path | None,
     dtype: str | None,
     device: str,
     limit: int | None,
     separator: str | None,
     threads: int | None,
-    as_json: bool,
+    json_path: str | None,
 ) -> None:
     """Report token-level perplexity of the model FILE over TEXT.
 
@@ -74,6 +81,10 @@ def command(
     started = time.perf_counter()
     model = load(file, device=device, dtype=dtype, adapter=adapter)
     assert model.source is not None
+    context = model.config.max_position_embeddings
+    window = min(512, context) if window is None else window
+    if window > context:
+        raise LoadError(file, "window", expected=f"at most the model's {context} positions", got=window)
     tokenizer = Tokenizer.from_file(model.source)
     ids = encode_documents(tokenizer, content, DOCUMENT_SEPARATOR if separator is None else separator)
     with tqdm(total=len(ids), unit="tok", unit_scale=True, leave=False, disable=None) as bar:
@@ -85,20 +96,19 @@ def command(
         result = perplexity(model, ids, window, bos_id=tokenizer.bos_id, max_tokens=limit, progress=show)
     seconds = time.perf_counter() - started
     dtype_name = str(model.dtype).removeprefix("torch.")
-    if as_json:
-        facts = {
-            "file": str(file),
-            "adapter": str(adapter) if adapter else None,
-            "text": str(text),
-            "window": window,
-            "device": str(model.device),
-            "dtype": dtype_name,
-            "perplexity": result.perplexity,
-            "mean_nll": result.mean_nll,
-            "tokens": result.tokens,
-            "seconds": seconds,
-        }
-        click.echo(json.dumps(facts, indent=2))
+    facts = {
+        "file": str(file),
+        "adapter": str(adapter) if adapter else None,
+        "text": str(text),
+        "window": window,
+        "device": str(model.device),
+        "dtype": dtype_name,
+        "perplexity": result.perplexity,
+        "mean_nll": result.mean_nll,
+        "tokens": result.tokens,
+        "seconds": seconds,
+    }
+    if json_path and write_json(json_path, facts):
         return
     click.echo(f"perplexity  {result.perplexity:.4f}")
     click.echo(

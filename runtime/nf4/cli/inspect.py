@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -12,19 +11,23 @@ import click
 from nf4format.container import Nf4File
 from nf4format.layout import COMPANIONS
 
+from . import write_json
+
 _EXAMPLES = """\b
 Examples:
   nf4 inspect model.nf4
   nf4 inspect model.nf4 --tensors
-  nf4 inspect model.nf4 --json | jq .bits_per_parameter
+  nf4 inspect model.nf4 --json - | jq .bits_per_parameter
 """
 
 
 @click.command(epilog=_EXAMPLES)
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--tensors", is_flag=True, help="List every tensor with its type, shape and bytes.")
-@click.option("--json", "as_json", is_flag=True, help="Everything as one JSON object.")
-def command(file: Path, tensors: bool, as_json: bool) -> None:
+@click.option(
+    "--json", "json_path", metavar="PATH", help="Write everything as JSON too; '-': to stdout, alone."
+)
+def command(file: Path, tensors: bool, json_path: str | None) -> None:
     """Show what a packed model file holds and how it was made.
 
     Opening the file checks its header, its layout and the constants of every packed tensor; the weights
@@ -32,8 +35,7 @@ def command(file: Path, tensors: bool, as_json: bool) -> None:
     """
     with Nf4File.open(file) as packed_file:
         facts = describe(packed_file)
-    if as_json:
-        click.echo(json.dumps(facts, indent=2))
+    if json_path and write_json(json_path, facts):
         return
     click.echo(_text(facts))
     if tensors:
@@ -54,7 +56,8 @@ def describe(file: Nf4File) -> dict[str, Any]:
         tensors.append(_tensor(name, entry.dtype, entry.shape, entry.end - entry.begin))
     groups = {}
     for kind, names in (("packed", file.packed_names), ("kept", file.kept_names)):
-        chosen = [tensor for tensor in tensors if tensor["name"] in set(names)]
+        wanted = set(names)
+        chosen = [tensor for tensor in tensors if tensor["name"] in wanted]
         groups[kind] = {
             "tensors": len(chosen),
             "parameters": sum(tensor["parameters"] for tensor in chosen),
