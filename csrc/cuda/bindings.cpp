@@ -125,7 +125,7 @@ int driver_version() {
 py::dict build_info() {
   py::dict info;
   info["version"] = NF4_VERSION;
-  info["archs"] = py::str(NF4_CUDA_ARCHS).attr("split")(";");
+  info["archs"] = py::str(NF4_CUDA_ARCHS).attr("split")();
   info["nvcc"] = NF4_NVCC;
   info["runtime"] = CUDART_VERSION;
   return info;
