@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from nf4.config import ModelConfig
 from nf4.decoder import CausalLM
-from nf4.ops import matmul_dtype
+from nf4.ops_cpu import matmul_dtype
 
 SEPARATOR = "\n<|doc|>\n"
 VOCAB_SIZE = 2048

@@ -94,7 +94,6 @@ py::dict build_info() {
   info["compiler"] = NF4_COMPILER;
   info["isa"] = chosen_kernels().isa;
   info["isas"] = py::str(compiled_isas()).attr("split")();
-  info["cuda"] = false;
   return info;
 }
 

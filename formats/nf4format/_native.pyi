@@ -13,7 +13,6 @@ class BuildInfo(TypedDict):
     compiler: str
     isa: str  # what runs: "portable", "avx2" or "avx512"; NF4_CPU_ISA overrides (for tests)
     isas: list[str]  # those compiled in
-    cuda: bool  # whether GPU kernels were built
 
 def quantize_codes(src: int, dtype: int, n: int, codes: int, absmax_f32: int, threads: int) -> int:
     """Codes uint8 [ceil(n / 2)] and scales float32 [ceil(n / 64)] of n values.

@@ -21,7 +21,17 @@ from .files import open_regular, pread_exactly, pread_into
 from .header import MAX_HEADER_BYTES, Header, TensorEntry, read_header
 from .layout import Layout
 from .profile import Profile, check_metadata, check_profile
-from .sums import Damage, Progress, check_header_sum, check_sums, compute_sums, read_sums
+from .sums import (
+    SUMS_NAME,
+    Chunk,
+    Damage,
+    Progress,
+    check_header_sum,
+    check_sums,
+    chunk_sums,
+    compute_sums,
+    read_sums,
+)
 
 # Without it the kernel may refuse to map, privately and writable, a file larger than memory and swap.
 _MAP_NORESERVE: Final = getattr(mmap_module, "MAP_NORESERVE", 0x4000 if os.name == "posix" else 0)
@@ -135,6 +145,24 @@ class Nf4File:
             raise KeyError(name)
         entry = self.header.entries[FILE_PREFIX + name]
         return pread_exactly(self._descriptor(), entry.end - entry.begin, entry.begin, self.path)
+
+    @property
+    def weights_end(self) -> int:
+        """Offset behind the last byte of any weight: where the embedded files begin, or else the sums."""
+        entries = self.header.entries.values()
+        return min(entry.begin for entry in entries if entry.name.startswith((FILE_PREFIX, SUMS_NAME)))
+
+    def chunks(self) -> list[Chunk]:
+        """The ranges of the data region that have a sum of their own, for readers that check as they read."""
+        return chunk_sums(self.header, self._sums)
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill a writable buffer from `offset` of the file, past the mapping; any thread may call it.
+
+        Raises:
+            FormatError: the file cannot be read or has become shorter.
+        """
+        pread_into(self._descriptor(), buffer, offset, self.path)
 
     @cached_property
     def fingerprint(self) -> str:

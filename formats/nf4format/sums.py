@@ -83,6 +83,15 @@ class Damage:
         return f"data is damaged ({where}), which hold {shown}"
 
 
+@dataclass(frozen=True)
+class Chunk:
+    """Bytes [begin, end) of the file, in the data region, and their XXH3-64."""
+
+    begin: int
+    end: int
+    sum: int
+
+
 def sums_bytes(data_bytes: int, num_files: int) -> int:
     """Size of the table for a data region of `data_bytes` before it."""
     return _FIXED.size + _SUM.size * (-(-data_bytes // CHUNK_BYTES) + num_files + 1)
@@ -159,6 +168,13 @@ def read_sums(fd: int, layout: HasEntries, name: str | os.PathLike[str]) -> byte
         problem = "the table of sums belongs to another file"
         raise FormatError(name, problem, tensor=tensor, expected=counts[1:], got=fields[1:5], remedy=_REMEDY)
     return table
+
+
+def chunk_sums(layout: HasEntries, table: bytes) -> list[Chunk]:
+    """The chunks of a checked table, in file order; together they are the data region before the table."""
+    chunks, _ = _ranges(layout, _sums_begin(layout))
+    stored = struct.unpack_from(f"<{len(chunks)}Q", table, _FIXED.size)
+    return [Chunk(begin, end, number) for (begin, end), number in zip(chunks, stored, strict=True)]
 
 
 def check_header_sum(

@@ -79,6 +79,11 @@ class Batch:
     labels: Tensor
     attention_mask: Tensor | None
 
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on a device."""
+        mask = None if self.attention_mask is None else self.attention_mask.to(device)
+        return Batch(self.input_ids.to(device), self.labels.to(device), mask)
+
     @property
     def num_labels(self) -> int:
         """Tokens that carry loss."""

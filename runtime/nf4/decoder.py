@@ -161,7 +161,9 @@ class Decoder(nn.Module):
         compute_dtype = self.norm.weight.dtype
         x_BTH = self.embed_tokens(input_ids).to(compute_dtype)
 
-        angles = position_ids[..., None].float() * self.frequencies.to(x_BTH.device)
+        if self.frequencies.device != x_BTH.device:
+            self.frequencies = self.frequencies.to(x_BTH.device)  # once, not at every step
+        angles = position_ids[..., None].float() * self.frequencies
         cos_BTD = torch.cat((angles.cos(),) * 2, dim=-1).to(compute_dtype).expand(batch, -1, -1)
         sin_BTD = torch.cat((angles.sin(),) * 2, dim=-1).to(compute_dtype).expand(batch, -1, -1)
         masks = {
@@ -188,6 +190,7 @@ class CausalLM(nn.Module):
     Attributes:
         config: the ModelConfig.
         source: the open Nf4File whose mapping holds the weights, or None for a dense model.
+        slab: device memory that holds the weights of a model loaded to a GPU, uint8; else None.
         gradient_checkpointing: when True, training keeps only each layer's input and runs the layer again in
             the backward pass.
     """
@@ -196,6 +199,7 @@ class CausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.source: Nf4File | None = None
+        self.slab: Tensor | None = None
         self.model = Decoder(config, linear)
         self.lm_head = linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:

@@ -60,12 +60,12 @@ def generate_steps(
 ) -> Iterator[list[int | None]]:
     """As `generate`, one step at a time: each prompt's new token, None from where its text has ended on."""
     ids_BT, mask_BT = _left_padded(prompts, model.config.vocab_size)
+    mask: Tensor | None = None if bool(mask_BT.all()) else mask_BT.to(model.device)  # the plain causal path
+    ids_BT = ids_BT.to(model.device)
     sampler = Sampler(sampling or Sampling())
     batch, length = ids_BT.shape
     capacity = length + max_new_tokens
     cache = KVCache(model.config, batch, capacity=capacity, dtype=model.dtype, device=model.device)
-    # No padding, no mask: the plain causal path.
-    mask: Tensor | None = None if bool(mask_BT.all()) else mask_BT
     running = [True] * batch
     for _ in range(max_new_tokens):
         # Not around the yield: the caller's code must not run in inference mode.

@@ -35,6 +35,16 @@ class _FrozenLayer(nn.Module):
         return self
 
 
+# Buffer of a packed layer -> what follows the weight's name in the file.
+PACKED_PARTS = {
+    "codes": "",
+    "absmax": ".absmax",
+    "quant_map": ".quant_map",
+    "nested_absmax": ".nested_absmax",
+    "nested_quant_map": ".nested_quant_map",
+}
+
+
 class _PackedLayer(_FrozenLayer):
     """The buffers of one packed weight, views of the arrays given."""
 
@@ -46,7 +56,7 @@ class _PackedLayer(_FrozenLayer):
 
     def __init__(self, weight: PackedTensor) -> None:
         super().__init__()
-        for name in ("codes", "absmax", "quant_map", "nested_absmax", "nested_quant_map"):
+        for name in PACKED_PARTS:
             array = getattr(weight, name)
             # torch has no read-only tensors. Arrays of a mapped file are private and writable; what is not
             # (the shared constant tables) is small.
@@ -130,7 +140,7 @@ class KeptLinear(_FrozenLayer):
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype == self.weight.dtype == ops.matmul_dtype(x.dtype):
+        if x.dtype == self.weight.dtype == ops.matmul_dtype(x.dtype, x.device):
             return F.linear(x, self.weight, self.bias)
         y = _ConvertedProduct.apply(x, self.weight)
         return y if self.bias is None else y + self.bias
@@ -158,12 +168,12 @@ class KeptEmbedding(_FrozenLayer):
 
 
 class _ConvertedProduct(torch.autograd.Function):
-    """x [..., K] @ weight [N, K].T by panels, each converted to the dtype in which the CPU multiplies."""
+    """x [..., K] @ weight [N, K].T by panels, each converted to the dtype in which the device multiplies."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(weight)
-        x_MK = x.reshape(-1, x.shape[-1]).to(ops.matmul_dtype(x.dtype))
+        x_MK = x.reshape(-1, x.shape[-1]).to(ops.matmul_dtype(x.dtype, x.device))
         y_MN = x.new_empty(x_MK.shape[0], weight.shape[0])
         for rows in _row_panels(weight):
             y_MN[:, rows] = x_MK @ weight[rows].to(x_MK.dtype).T
@@ -172,7 +182,7 @@ class _ConvertedProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (weight,), (grad,) = ctx.saved_tensors, grads
-        grad_MN = grad.reshape(-1, grad.shape[-1]).to(ops.matmul_dtype(grad.dtype))
+        grad_MN = grad.reshape(-1, grad.shape[-1]).to(ops.matmul_dtype(grad.dtype, grad.device))
         total = torch.zeros(grad_MN.shape[0], weight.shape[1], device=grad.device)  # sums of panels in fp32
         for rows in _row_panels(weight):
             total += grad_MN[:, rows] @ weight[rows].to(grad_MN.dtype)

@@ -1,8 +1,9 @@
-"""`nf4.load`: a packed file becomes a model whose weights are views of the mapped file.
+"""`nf4.load`: a packed file becomes a model whose weights are views of the mapped file, or of a GPU's memory.
 
 The decoder is built without memory (on torch's meta device) from the embedded config.json, then every layer
 is replaced by one over the file's tensors. Only norms and biases, a few KB each, are converted to the
-compute dtype. Time and memory do not grow with the size of the weights.
+compute dtype. Time and memory do not grow with the size of the weights. For a GPU the weights are then read
+once, past the mapping, and put there (`upload`).
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from nf4format.container import Nf4File
 
 from .config import ModelConfig
 from .decoder import CausalLM, RMSNorm
+from .device import resolve
 from .errors import LoadError
-from .linear import KeptEmbedding, KeptLinear, NF4Embedding, NF4Linear
+from .linear import PACKED_PARTS, KeptEmbedding, KeptLinear, NF4Embedding, NF4Linear
 from .weights import Weights
 
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -43,11 +45,12 @@ def load(
 
     Args:
         path: a .nf4 file.
-        device: "cpu"; this version has no other.
+        device: "cpu", a GPU ("cuda", "cuda:1"), or "auto": a GPU where one can be used, else the CPU.
         dtype: of activations and results: torch.float32, torch.bfloat16, torch.float16 or their names. None
             takes the checkpoint's.
         adapter: a PEFT adapter directory to put on the model.
-        verify: check every byte against its sum first; this reads the whole file.
+        verify: check every byte against its sum first; this reads the whole file. What goes to a GPU is
+            checked in any case.
         mmap: False reads the weights into memory instead, for file systems on which a mapped file may be cut
             short while it is in use.
 
@@ -56,13 +59,11 @@ def load(
 
     Raises:
         FormatError: not a .nf4 file, or a damaged one.
-        LoadError: a family, device or dtype that is not supported; a tensor that is missing, unknown to the
-            model, or of another shape than config.json says; an adapter that does not fit.
+        LoadError: a GPU that cannot be used or has too little memory; a family, device or dtype that is not
+            supported; a tensor that is missing, unknown to the model, or of another shape than config.json
+            says; an adapter that does not fit.
     """
-    if torch.device(device).type != "cpu":
-        raise LoadError(
-            path, "device", expected="cpu", got=str(device), remedy="this version runs on the CPU"
-        )
+    target = resolve(device, path)
     file = Nf4File.open(path, mmap=mmap)
     try:
         if verify:
@@ -70,8 +71,10 @@ def load(
         config = ModelConfig.from_dict(file.config, f"{file.path}: config.json")
         with torch.device("meta"):
             model = CausalLM(config)
-        _place_weights(model, Weights(file), _compute_dtype(path, dtype or config.dtype))
+        placed = _place_weights(model, Weights(file), _compute_dtype(path, dtype or config.dtype))
         model.source = file
+        if target.type == "cuda":
+            _move_to_gpu(model, placed, target)
         if adapter is not None:
             from .adapters import load_adapter
 
@@ -82,8 +85,12 @@ def load(
     return model.eval()
 
 
-def _place_weights(model: CausalLM, weights: Weights, dtype: torch.dtype) -> None:
-    """Replace each layer of a model on the meta device by one over the file's tensors of its name."""
+def _place_weights(model: CausalLM, weights: Weights, dtype: torch.dtype) -> list[tuple[nn.Module, str]]:
+    """Replace each layer of a model on the meta device by one over the file's tensors of its name.
+
+    Returns each new layer with the stored name of its weight.
+    """
+    placed: list[tuple[nn.Module, str]] = []
     for path, module in list(model.named_modules()):
         name = f"{path}.weight"
         if model.config.tie_word_embeddings and name in _TIED and not weights.has(name):
@@ -111,6 +118,7 @@ def _place_weights(model: CausalLM, weights: Weights, dtype: torch.dtype) -> Non
             continue
         parent, _, leaf = path.rpartition(".")
         setattr(model.get_submodule(parent), leaf, layer)
+        placed.append((layer, weights.stored_name(name)))
     unused = [name for name in weights.unused() if not name.endswith(_IGNORED_SUFFIX)]
     if unused:
         raise LoadError(
@@ -119,6 +127,26 @@ def _place_weights(model: CausalLM, weights: Weights, dtype: torch.dtype) -> Non
             tensor=unused[0],
             remedy="config.json names another architecture than the checkpoint has",
         )
+    return placed
+
+
+def _move_to_gpu(model: CausalLM, placed: list[tuple[nn.Module, str]], device: torch.device) -> None:
+    """Let the layers look at a slab on the GPU instead of the mapping; norms and biases follow."""
+    from .upload import Slab
+
+    assert model.source is not None
+    slab = Slab(model.source, device)
+    for layer, name in placed:
+        if isinstance(layer, (NF4Linear, NF4Embedding)):
+            for buffer, suffix in PACKED_PARTS.items():
+                dtype = getattr(layer, buffer).dtype
+                setattr(layer, buffer, slab.tensor(name + suffix, dtype))
+        else:
+            old = layer.weight
+            assert isinstance(old, torch.Tensor)
+            layer.weight = slab.tensor(name, old.dtype).view(old.shape)
+    model.to(device)
+    model.slab = slab.memory
 
 
 def _compute_dtype(path: str | os.PathLike[str], dtype: str | torch.dtype) -> torch.dtype:

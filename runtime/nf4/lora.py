@@ -12,6 +12,7 @@ needs anyway), the M x R product, and one byte per element for dropout where the
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -92,9 +93,13 @@ class LoRALinear(nn.Module):
         self.base = base
         self.rank, self.alpha, self.dropout, self.rslora = rank, alpha, dropout, rslora
         self.scaling = alpha / (math.sqrt(rank) if rslora else rank)
-        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, dtype=torch.float32))
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, dtype=torch.float32))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5), generator=generator)
+        # Drawn on the CPU, so that a seed gives the same values wherever the base lies.
+        values = nn.init.kaiming_uniform_(
+            torch.empty(rank, self.in_features, dtype=torch.float32), a=math.sqrt(5), generator=generator
+        )
+        device = _device_of(base)
+        self.lora_A = nn.Parameter(values.to(device))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, dtype=torch.float32, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
         keep = None
@@ -236,6 +241,10 @@ def _is_linear(module: nn.Module) -> bool:
 
 def _features(base: nn.Module) -> tuple[int, int]:
     return int(base.in_features), int(base.out_features)  # type: ignore[arg-type]
+
+
+def _device_of(base: nn.Module) -> torch.device:
+    return next(itertools.chain(base.parameters(), base.buffers())).device
 
 
 def _drop(x: Tensor, keep: Tensor | None, dropout: float) -> Tensor:

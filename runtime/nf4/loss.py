@@ -16,7 +16,9 @@ from torch import Tensor
 
 from .data import IGNORED
 
-LOGIT_BYTES = 8 << 20  # fp32 logits of a chunk: within a CPU's caches, yet enough rows for matrix products
+# fp32 logits of a chunk: within a CPU's caches, yet enough rows for matrix products
+LOGIT_BYTES = 8 << 20
+CUDA_LOGIT_BYTES = 256 << 20  # a GPU needs hundreds of rows at large vocabularies to be busy
 
 Head = Callable[[Tensor], Tensor]
 
@@ -33,11 +35,11 @@ def labelled_positions(hidden_BTH: Tensor, labels_BT: Tensor) -> tuple[Tensor, T
 
 def loss_sum(head: Head, hidden_NH: Tensor, targets_N: Tensor, vocab_size: int) -> float:
     """Sum of the negative log-likelihoods, in nats; no gradient."""
-    total = 0.0
+    total = hidden_NH.new_zeros((), dtype=torch.float64)  # on the device: one wait, at the end
     with torch.no_grad():
         for hidden, targets in _chunks(hidden_NH, targets_N, vocab_size):
-            total += F.cross_entropy(head(hidden).float(), targets, reduction="sum").item()
-    return total
+            total += F.cross_entropy(head(hidden).float(), targets, reduction="sum")
+    return total.item()
 
 
 def backward_loss(
@@ -57,7 +59,7 @@ def backward_loss(
     """
     leaf = hidden_NH.detach().requires_grad_()
     gradient = torch.zeros_like(leaf)
-    total = 0.0
+    total = leaf.new_zeros((), dtype=torch.float64)
     start = 0
     for hidden, targets in _chunks(leaf, targets_N, vocab_size):
         rows = hidden.detach().requires_grad_()
@@ -66,12 +68,13 @@ def backward_loss(
         if rows.grad is not None:
             gradient[start : start + len(rows)] = rows.grad
         start += len(rows)
-        total += loss.item()
+        total += loss.detach()
     if hidden_NH.requires_grad:  # not when only the head is trained
         hidden_NH.backward(gradient)
-    return total
+    return total.item()
 
 
 def _chunks(hidden_NH: Tensor, targets_N: Tensor, vocab_size: int) -> list[tuple[Tensor, Tensor]]:
-    rows = max(1, LOGIT_BYTES // (4 * vocab_size))
+    most = CUDA_LOGIT_BYTES if hidden_NH.is_cuda else LOGIT_BYTES
+    rows = max(1, most // (4 * vocab_size))
     return list(zip(hidden_NH.split(rows), targets_N.split(rows), strict=True))

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from . import ops_cuda
 from .errors import TrainError
 from .pager import Pager
 
@@ -46,7 +47,8 @@ class PagedAdamW(Optimizer):
     construction. Call `close`, or drop the optimizer, to remove its page file.
 
     Args:
-        params: parameters or parameter groups, fp32, contiguous, on a CPU.
+        params: parameters or parameter groups, fp32, contiguous, all on one device. On a GPU all state is
+            resident and the update is one fused kernel a piece, which rounds a little otherwise than torch.
         lr, betas, eps, weight_decay: as torch.optim.AdamW; each may differ by group.
         page_bytes: bytes in a page, a multiple of 8.
         budget_bytes: the most state kept in memory; None keeps all of it there.
@@ -79,19 +81,26 @@ class PagedAdamW(Optimizer):
         for group in self.param_groups:
             _check_settings(group)
         self._line = [(group, p) for group in self.param_groups for p in group["params"]]
+        device = self._line[0][1].device
         for index, (_, p) in enumerate(self._line):
-            if p.dtype != torch.float32 or not p.is_contiguous() or p.device.type != "cpu":
+            if p.dtype != torch.float32 or not p.is_contiguous() or p.device != device:
                 raise TrainError(
                     "",
                     f"parameter {index} cannot be trained",
-                    expected="contiguous float32 on cpu",
+                    expected=f"contiguous float32 on {device}",
                     got=f"{p.dtype} on {p.device}, strides {tuple(p.stride())}",
                 )
         self._page_elements = page_bytes // STATE_BYTES
         self._pieces = _cut([p.numel() for _, p in self._line], self._page_elements)
-        self._scratch = torch.empty(min(self._page_elements, max(p.numel() for _, p in self._line)))
+        most = max(p.numel() for _, p in self._line)
+        self._scratch = torch.empty(min(self._page_elements, most), device=device)
         self._backwards = False
-        self._pager = Pager(len(self._pieces), page_bytes, budget_bytes=budget_bytes, backing=backing)
+        if device.type == "cuda" and budget_bytes is not None:
+            remedy = "leave the budget out, or train on the CPU"
+            raise TrainError("", "optimizer state on a GPU is not paged in this version", remedy=remedy)
+        self._pager = Pager(
+            len(self._pieces), page_bytes, budget_bytes=budget_bytes, backing=backing, device=device
+        )
 
     @property
     def pager(self) -> Pager:
@@ -211,6 +220,7 @@ class _Update:
             raise TrainError("", "sparse gradients are not supported")
         self.param = p.view(-1)
         self.grad = p.grad.reshape(-1)
+        self.group, self.step = group, round(step)
         self.beta1, self.beta2 = group["betas"]
         self.eps = group["eps"]
         self.decay = 1 - group["lr"] * group["weight_decay"] if group["weight_decay"] else None
@@ -221,6 +231,10 @@ class _Update:
         """The operations and their order are torch's: reordering them changes last bits."""
         param = self.param[piece.start : piece.stop]
         grad = self.grad[piece.start : piece.stop]
+        if param.is_cuda:
+            settings = {key: self.group[key] for key in ("lr", "betas", "eps", "weight_decay")}
+            ops_cuda.adamw(param, grad, exp_avg, exp_avg_sq, **settings, step=self.step)
+            return
         if self.decay is not None:
             param.mul_(self.decay)
         exp_avg.lerp_(grad, 1 - self.beta1)

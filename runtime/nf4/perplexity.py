@@ -81,7 +81,8 @@ def perplexity(
     if max_tokens is not None:
         windows = windows[: max(1, max_tokens // predicted)]
     nll, tokens = 0.0, 0
-    for ids_BT in windows.split(max(1, BATCH_TOKENS // windows.shape[1])):
+    for batch in windows.split(max(1, BATCH_TOKENS // windows.shape[1])):
+        ids_BT = batch.to(model.device)
         with torch.inference_mode():
             hidden_NH = model.hidden_states(ids_BT)[:, :-1].flatten(0, 1)
             nll += loss_sum(model.head, hidden_NH, ids_BT[:, 1:].flatten(), vocab_size)

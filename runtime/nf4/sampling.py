@@ -51,8 +51,9 @@ class Sampler:
         if self.sampling.temperature == 0:
             return logits_BV.argmax(dim=-1)
         probabilities_BV, ids_BV = self._candidates(logits_BV.float())
-        chosen_B1 = torch.multinomial(probabilities_BV, 1, generator=self._generator)
-        return ids_BV.gather(1, chosen_B1).squeeze(1)
+        # Drawn on the CPU: a seed means the same choices on every device.
+        chosen_B1 = torch.multinomial(probabilities_BV.cpu(), 1, generator=self._generator)
+        return ids_BV.gather(1, chosen_B1.to(ids_BV.device)).squeeze(1)
 
     def _candidates(self, logits_BV: Tensor) -> tuple[Tensor, Tensor]:
         """Probabilities (not normalised) and ids of the tokens that may come, likeliest first."""

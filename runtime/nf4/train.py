@@ -216,8 +216,9 @@ def train_step(
     labels = sum(batch.num_labels for batch in batches)
     total = 0.0
     for number, batch in enumerate(batches, 1):
-        hidden = model.hidden_states(batch.input_ids, batch.attention_mask)
-        states, targets = labelled_positions(hidden, batch.labels)
+        moved = batch.to(model.device)
+        hidden = model.hidden_states(moved.input_ids, moved.attention_mask)
+        states, targets = labelled_positions(hidden, moved.labels)
         loss = backward_loss(model.head, states, targets, model.config.vocab_size, scale=1 / labels)
         if not math.isfinite(loss):
             raise _not_finite(f"loss, micro-batch {number} of {len(batches)},", step, loss)
@@ -241,7 +242,7 @@ def evaluate(model: CausalLM, dataset: Dataset, batch_size: int) -> float:
     examples = sorted(dataset.examples, key=lambda example: len(example.ids))  # little padding
     with torch.no_grad():
         for start in range(0, len(examples), batch_size):
-            batch = make_batch(examples[start : start + batch_size])
+            batch = make_batch(examples[start : start + batch_size]).to(model.device)
             hidden = model.hidden_states(batch.input_ids, batch.attention_mask)
             total += loss_sum(model.head, *labelled_positions(hidden, batch.labels), model.config.vocab_size)
     model.train(was_training)

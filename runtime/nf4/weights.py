@@ -30,10 +30,10 @@ class Weights:
         self._unused = dict.fromkeys((*file.packed_names, *file.kept_names))
 
     def has(self, name: str) -> bool:
-        return self._stored(name) in self._packed | self._kept
+        return self.stored_name(name) in self._packed | self._kept
 
     def is_packed(self, name: str) -> bool:
-        return self._stored(name) in self._packed
+        return self.stored_name(name) in self._packed
 
     def packed(self, name: str, shape: tuple[int, ...]) -> PackedTensor:
         """A weight in NF4."""
@@ -62,14 +62,15 @@ class Weights:
         """Names of stored tensors that were never asked for, in file order."""
         return list(self._unused)
 
-    def _stored(self, name: str) -> str:
+    def stored_name(self, name: str) -> str:
+        """The name under which the file has it: itself, or what it is an alias of."""
         return self.file.aliases.get(name, name)
 
     def _use(self, name: str) -> None:
         if not self.has(name):
             remedy = "the checkpoint it was compiled from lacks it, or config.json is another model's"
             raise LoadError(self.file.path, "missing", tensor=name, remedy=remedy)
-        self._unused.pop(self._stored(name), None)
+        self._unused.pop(self.stored_name(name), None)
 
     def _check_shape(self, name: str, expected: tuple[int, ...], got: tuple[int, ...]) -> None:
         if tuple(got) != tuple(expected):

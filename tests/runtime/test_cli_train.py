@@ -51,7 +51,7 @@ def packed(make_checkpoint: Callable[..., Path], tmp_path: Path) -> Path:
 
 
 def run(*arguments: object) -> Result:
-    return CliRunner().invoke(command, [str(argument) for argument in arguments])
+    return CliRunner().invoke(command, [*map(str, arguments), "--device", "cpu"])
 
 
 def test_trains_on_rows_and_text_and_the_adapter_loads(packed: Path, tmp_path: Path) -> None:

@@ -140,8 +140,9 @@ def test_file_and_config_must_agree(make_packed, edit, message):
 
 def test_arguments_out_of_range(make_packed, tmp_path):
     path = make_packed("llama")
-    with pytest.raises(LoadError, match=r"device, expected cpu, got cuda; this version runs"):
-        nf4.load(path, device="cuda")
+    for device in ("mps", "gpu"):
+        with pytest.raises(LoadError, match=rf"device, expected auto, cpu or cuda, got {device}"):
+            nf4.load(path, device=device)
     with pytest.raises(LoadError, match=r"dtype, expected one of .*, got float64"):
         nf4.load(path, dtype=torch.float64)
     with pytest.raises(Nf4Error, match="no such adapter directory"):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from nf4 import ops
+from nf4 import ops_cpu
 from nf4.linear import KeptEmbedding, KeptLinear, NF4Embedding, NF4Linear
 from nf4format import reference
 from nf4format.blocks import PackedTensor, quantize
@@ -35,7 +35,7 @@ def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.fixture
 def small_panels(monkeypatch):
     """Panels of a few rows, so that small weights have several, the last one ragged."""
-    monkeypatch.setattr(ops, "PANEL_ELEMENTS", 640)
+    monkeypatch.setattr(ops_cpu, "PANEL_ELEMENTS", 640)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

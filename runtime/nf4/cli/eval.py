@@ -38,6 +38,7 @@ Examples:
     "--separator",
     help="What stands between documents; empty: the text is one.  [default: a line <|doc|>]",
 )
+@click.option("--device", default="auto", help="cpu, cuda, cuda:1; auto: a GPU where one can be used.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: torch's choice]")
 @click.option(
     "--json", "json_path", metavar="PATH", help="Write the result as JSON too; '-': to stdout, alone."
@@ -49,6 +50,7 @@ def command(
     window: int | None,
     adapter: Path | None,
     dtype: str | None,
+    device: str,
     limit: int | None,
     separator: str | None,
     threads: int | None,
@@ -77,7 +79,7 @@ def command(
         got = f"byte {error.object[error.start]:#04x} at offset {error.start}"
         raise LoadError(text, "not a text", expected="UTF-8", got=got) from error
     started = time.perf_counter()
-    model = load(file, dtype=dtype, adapter=adapter)
+    model = load(file, device=device, dtype=dtype, adapter=adapter)
     assert model.source is not None
     context = model.config.max_position_embeddings
     window = min(512, context) if window is None else window
@@ -99,6 +101,7 @@ def command(
         "adapter": str(adapter) if adapter else None,
         "text": str(text),
         "window": window,
+        "device": str(model.device),
         "dtype": dtype_name,
         "perplexity": result.perplexity,
         "mean_nll": result.mean_nll,
@@ -108,5 +111,7 @@ def command(
     if json_path and write_json(json_path, facts):
         return
     click.echo(f"perplexity  {result.perplexity:.4f}")
-    click.echo(f"tokens      {result.tokens:,} predicted, windows of {window}, {dtype_name}")
+    click.echo(
+        f"tokens      {result.tokens:,} predicted, windows of {window}, {dtype_name} on {model.device}"
+    )
     click.echo(f"speed       {result.tokens / seconds:,.0f} tokens/s, {seconds:.1f} s")

@@ -31,6 +31,7 @@ Examples:
     type=click.Choice(["float32", "bfloat16", "float16"]),
     help="Arithmetic and activations.  [default: the checkpoint's]",
 )
+@click.option("--device", default="auto", help="cpu, cuda, cuda:1; auto: a GPU where one can be used.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: torch's choice]")
 def command(
     *,
@@ -43,6 +44,7 @@ def command(
     seed: int,
     adapter: Path | None,
     dtype: str | None,
+    device: str,
     threads: int | None,
 ) -> None:
     """Continue a prompt with the model FILE; the new text goes to standard output as it is made.
@@ -60,7 +62,7 @@ def command(
     if threads:
         torch.set_num_threads(threads)
     sampling = Sampling(temperature, top_k, top_p, seed)
-    model = load(file, dtype=dtype, adapter=adapter)
+    model = load(file, device=device, dtype=dtype, adapter=adapter)
     assert model.source is not None
     tokenizer = Tokenizer.from_file(model.source)
     pieces = stream_text(model, tokenizer, prompt, max_new_tokens=max_new_tokens, sampling=sampling)

@@ -95,6 +95,7 @@ _INPUT = click.Path(path_type=Path, exists=True, dir_okay=False)
 @click.option("--page-file", type=_PATH, help="Where paged state goes.  [default: a temporary file]")
 @click.option("--save-every", type=int, default=0, help="Steps between saves; 0: at the end only.")
 @click.option("--log", type=_PATH, help="JSONL log of the run.  [default: OUT.jsonl]")
+@click.option("--device", default="auto", help="cpu, cuda, cuda:1; auto: a GPU where one can be used.")
 @click.option("--threads", type=int, help="CPU threads.  [default: torch's choice]")
 @click.option("--force", is_flag=True, help="Replace an adapter and a log that exist.")
 def command(file: Path, **given: Any) -> None:
@@ -121,7 +122,7 @@ def command(file: Path, **given: Any) -> None:
         **{name: value for name, value in given.items() if name in names},
     )
     check_options(options)  # before the seconds of loading and tokenizing
-    model = load(file, dtype=given["dtype"])
+    model = load(file, device=given["device"], dtype=given["dtype"])
     assert model.source is not None  # load maps a file
     summary = train(
         model,

@@ -1,0 +1,47 @@
+// The border between kernels and bindings: what a weight is, and every launcher. Each returns a cudaError_t
+// as int, starts its work in `stream` on the current device, and waits for nothing.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+extern "C" {
+
+enum Nf4Dtype { NF4_FLOAT32 = 0, NF4_BFLOAT16 = 1, NF4_FLOAT16 = 2 };  // as in nf4format._native
+
+struct Nf4Weight {
+  const uint8_t* codes;
+  const uint8_t* absmax;
+  const float* nested_absmax;
+  const float* nested_map;
+  float offset;
+};
+
+// One of the products that share an input: its weight [n, k], its bias (or null) and its output.
+struct Nf4Linear {
+  Nf4Weight weight;
+  const void* bias;
+  void* y;
+  int n;
+};
+
+#define NF4_MOST_WEIGHTS 4  // of one launch: q, k, v or gate, up; one more than either needs
+
+int nf4_dequantize(const Nf4Weight* weight, int64_t start, int64_t stop, void* out, int dtype, int overlap,
+                   cudaStream_t stream);
+
+int nf4_embedding(const Nf4Weight* weight, const int64_t* ids, int64_t num_ids, int64_t rows, int64_t width,
+                  void* out, int dtype, int overlap, cudaStream_t stream);
+
+int nf4_linear_few_rows(const Nf4Linear* linears, int num_weights, const void* x, int num_tokens, int k,
+                        int dtype, int overlap, cudaStream_t stream);
+
+int nf4_linear_any_shape(const Nf4Weight* weight, const void* x, const void* bias, void* y, int num_tokens,
+                         int n, int k, int dtype, int overlap, cudaStream_t stream);
+
+int nf4_adamw(void* parameter, const void* gradient, float* exp_avg, float* exp_avg_sq, int64_t count,
+              int parameter_dtype, int gradient_dtype, double lr, double beta1, double beta2, double eps,
+              double weight_decay, int64_t step, const float* gradient_factor, cudaStream_t stream);
+
+}  // extern "C"

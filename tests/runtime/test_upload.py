@@ -1,0 +1,171 @@
+"""A packed file on a GPU: the bytes in the slab; the results of the CPU from model, training and text."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import nf4
+from nf4 import ops_cuda
+from nf4.errors import LoadError
+from nf4.generate import generate
+from nf4.linear import PACKED_PARTS, NF4Embedding, NF4Linear
+from nf4.lora import LoraConfig
+from nf4.perplexity import encode_documents, perplexity
+from nf4.sampling import Sampling
+from nf4.tokenizer import Tokenizer
+from nf4.train import TrainOptions, train
+from nf4.upload import Slab
+from nf4format.container import Nf4File
+from nf4format.sums import CHUNK_BYTES
+
+pytestmark = pytest.mark.cuda
+
+IDS = torch.arange(3, 43).view(2, 20)
+CASES = {
+    "llama": ("llama", {}, {}),
+    "llama-all-kept": ("llama", {}, {"exclude": ("*",)}),
+    "qwen2-tied-all-packed": (
+        "qwen2",
+        {"tie_word_embeddings": True},
+        {"quantize_head": True, "quantize_embeddings": True},
+    ),
+    "qwen3-head-packed": ("qwen3", {"dtype": "float16"}, {"quantize_head": True}),
+    "mistral-tied-ragged": (
+        "mistral",
+        {"tie_word_embeddings": True, "intermediate_size": 172, "hidden_size": 100, "head_dim": 26},
+        {},
+    ),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_the_cpus(make_packed, case):
+    family, fields, options = CASES[case]
+    path = make_packed(family, options=options, **fields)
+    expected = nf4.load(path, dtype="float32")(IDS)
+    model = nf4.load(path, device="cuda", dtype="float32")
+    logits = model(IDS.cuda())
+    assert model.device.type == logits.device.type == "cuda"
+    assert (logits.cpu() - expected).abs().max() < 1e-4
+    assert torch.equal(nf4.load(path, device="cuda", dtype="float32")(IDS.cuda()), logits)
+    mask = torch.ones(2, 20, dtype=torch.int64)
+    mask[0, :6] = 0  # padding on the left
+    padded = nf4.load(path, dtype="float32")(IDS, attention_mask=mask)
+    ours = model(IDS.cuda(), attention_mask=mask.cuda()).cpu()
+    assert (ours - padded)[mask.bool()].abs().max() < 1e-4
+    for dtype in (torch.bfloat16, torch.float16):
+        low = nf4.load(path, device="cuda", dtype=dtype)(IDS.cuda())
+        assert low.dtype == dtype
+        assert (low.float().cpu() - expected).norm() < 0.03 * expected.norm()
+
+
+def test_every_weight_is_a_view_of_the_slab_with_the_files_bytes(make_packed):
+    path = make_packed("qwen2", options={"exclude": ("*layers.0.mlp*",)})
+    model = nf4.load(path, device="cuda")
+    begin, size = model.slab.data_ptr(), model.slab.numel()
+    with Nf4File.open(path) as file:
+        for name, module in model.named_modules():
+            if isinstance(module, (NF4Linear, NF4Embedding)):
+                packed = file.packed(f"{name}.weight")
+                for part in PACKED_PARTS:
+                    tensor = getattr(module, part)
+                    assert torch.equal(tensor.cpu(), torch.from_numpy(getattr(packed, part).copy())), name
+                    assert begin <= tensor.data_ptr() < begin + size
+    assert not [name for name, tensor in model.state_dict().items() if tensor.device.type != "cuda"]
+    assert begin in ops_cuda._constant
+    del model, module, tensor
+    assert begin not in ops_cuda._constant
+
+
+def test_a_file_of_many_chunks_and_few_readers(make_packed):
+    path = make_packed("llama", hidden_size=1024, intermediate_size=2048, num_attention_heads=8)
+    with Nf4File.open(path, mmap=False) as file:
+        assert len(file.chunks()) > 2
+        for readers in (1, 3, None):
+            slab = Slab(file, torch.device("cuda", 0), readers=readers)
+            raw = path.read_bytes()[file.header.data_start : file.weights_end]
+            assert slab.memory.cpu().numpy().tobytes() == raw
+
+
+def test_damage_is_found_on_the_way(make_packed):
+    path = make_packed("llama", hidden_size=1024, intermediate_size=2048, num_attention_heads=8)
+    with Nf4File.open(path) as file:
+        at = file.header.data_start + CHUNK_BYTES + 17
+    data = bytearray(path.read_bytes())
+    data[at] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(LoadError, match=rf"data is damaged \(bytes {at - 17} to \d+\); nf4 verify"):
+        nf4.load(path, device="cuda")
+
+
+def test_too_little_memory_is_told(make_packed, monkeypatch):
+    path = make_packed("llama")
+    monkeypatch.setattr(Nf4File, "weights_end", property(lambda file: 1 << 50))
+    message = r"too little memory on cuda:0 for the weights, expected 1,\d{3}[\d,]+ bytes, got [\d,]+ free"
+    with pytest.raises(LoadError, match=message):
+        nf4.load(path, device="cuda")
+
+
+def test_generation_equals_the_cpus(make_packed):
+    path = make_packed("qwen3")
+    prompts = [[5, 6, 7], [9, 10, 11, 12, 13]]
+    models = [nf4.load(path, device=device, dtype="float32") for device in ("cpu", "cuda")]
+    for sampling in (Sampling(), Sampling(temperature=0.9, top_k=20, seed=3)):
+        texts = [generate(model, prompts, max_new_tokens=24, sampling=sampling) for model in models]
+        assert texts[0] == texts[1]
+
+
+def test_training_follows_the_cpus_and_its_adapter_serves_both(make_packed, tmp_path):
+    path = make_packed("llama")
+    (tmp_path / "text.txt").write_text("the cat sat on the mat; the dog and the frog were there too. " * 60)
+    losses, models = {}, {}
+    for device in ("cpu", "cuda"):
+        options = TrainOptions(
+            data=(tmp_path / "text.txt",),
+            out=tmp_path / device,
+            lora=LoraConfig(rank=4, alpha=8),
+            lr=1e-2,
+            steps=12,
+            warmup=2,
+            batch=2,
+            accumulate=2,
+            seq_len=32,
+            eval_fraction=0.2,
+            checkpointing=device == "cuda",
+        )
+        model = models[device] = nf4.load(path, device=device, dtype="float32")
+        train(model, Tokenizer.from_file(model.source), options)
+        records = [json.loads(line) for line in options.log_path.read_text().splitlines()]
+        losses[device] = [record["loss"] for record in records if "loss" in record]
+        assert all(record["grad_norm"] > 0 for record in records if "loss" in record)
+    assert losses["cuda"][-1] < losses["cuda"][0] - 0.5
+    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=1e-3)
+    with torch.no_grad():
+        trained = models["cuda"](IDS.cuda()).cpu()
+        for device in ("cpu", "cuda"):
+            again = nf4.load(path, device=device, dtype="float32", adapter=tmp_path / "cuda")
+            assert (again(IDS.to(device)).cpu() - trained).abs().max() < 1e-4
+
+
+@pytest.mark.slow
+def test_wiki_llama_has_the_cpus_perplexity(shared, tmp_path):
+    from qcompile.options import CompileOptions
+    from qcompile.pipeline import compile_checkpoint
+
+    path = tmp_path / "wiki.nf4"
+    compile_checkpoint(shared / "models" / "wiki-llama-16m", path, CompileOptions())
+    text = (shared / "data" / "wiki_en_valid.txt").read_text(encoding="utf-8")[:60_000]
+    results = {}
+    for device, dtype in (("cpu", "float32"), ("cuda", "float32"), ("cuda", "bfloat16")):
+        model = nf4.load(path, device=device, dtype=dtype)
+        tokenizer = Tokenizer.from_file(model.source)
+        ids = encode_documents(tokenizer, text)
+        result = perplexity(model, ids, 512, bos_id=tokenizer.bos_id, max_tokens=8_176)
+        results[device, dtype] = result.perplexity
+    print("perplexities:", results)
+    assert results["cuda", "float32"] == pytest.approx(results["cpu", "float32"], rel=1e-4)
+    assert results["cuda", "bfloat16"] == pytest.approx(results["cpu", "float32"], rel=5e-3)
