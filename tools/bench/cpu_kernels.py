@@ -41,6 +41,7 @@ from nf4format.blocks import ARRAY_DTYPES, Dtype, PackedTensor
 
 Call = Callable[[], Any]
 PAUSE_SECONDS = 0.02  # OpenMP threads of the contender before spin for some milliseconds
+WARM_SECONDS = 0.02
 LIMIT_BYTES = 256 << 20  # well beyond a last-level cache
 COLD_BYTES = 192 << 20  # of weight copies to take turns, likewise
 
@@ -53,8 +54,12 @@ def interleaved(contenders: dict[str, Call], rounds: int) -> dict[str, list[floa
     for _ in range(rounds):
         for name, call in contenders.items():
             time.sleep(PAUSE_SECONDS)
-            for _ in range(3):
-                call()  # so that the contender before leaves no trace in caches
+            # Until the contender before has left no trace in caches, and the scheduler, which wakes a pool's
+            # threads on the core of their caller, has moved them to cores of their own.
+            warm = time.perf_counter() + WARM_SECONDS
+            call()
+            while time.perf_counter() < warm:
+                call()
             start = time.perf_counter()
             call()
             times[name].append((time.perf_counter() - start) * 1e3)
