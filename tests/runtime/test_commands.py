@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -157,3 +158,24 @@ def test_help_teaches(run, name):
     status, out, _ = run(name, "--help")
     assert status == 0
     assert f"nf4 {name} model.nf4" in out
+
+
+def test_sigterm_unwinds_as_ctrl_c_does(tmp_path):
+    """A process that dies of the signal leaves its temporary files behind."""
+    code = (
+        "import os, signal, sys, time\n"
+        "from nf4format.atomic import AtomicFile\n"
+        "from nf4format.container import Nf4File\n"
+        "from nf4.cli import main\n"
+        "def open_and_wait(path):\n"
+        "    with AtomicFile(path):\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        time.sleep(60)\n"
+        "Nf4File.open = open_and_wait\n"
+        f"sys.argv = ['nf4', 'inspect', {str(tmp_path / 'x')!r}]\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "Aborted" in done.stderr
+    assert list(tmp_path.iterdir()) == []

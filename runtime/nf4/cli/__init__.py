@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import signal
 import sys
 from collections.abc import Mapping
+from types import FrameType
 from typing import Any
 
 import click
@@ -62,6 +64,7 @@ def write_json(path: str, facts: Mapping[str, Any]) -> bool:
 
 def main() -> None:
     """Run the command line; a problem with the user's input is one line on stderr and exit status 1."""
+    signal.signal(signal.SIGTERM, _stop)
     try:
         group(prog_name="nf4")
     except Nf4Error as error:
@@ -71,3 +74,8 @@ def main() -> None:
         reason = error.strerror or str(error)
         click.echo(f"nf4: {error.filename}: {reason}" if error.filename else f"nf4: {reason}", err=True)
         sys.exit(1)
+
+
+def _stop(signum: int, frame: FrameType | None) -> None:
+    """SIGTERM ends like Ctrl-C: temporary files are removed."""
+    raise KeyboardInterrupt
