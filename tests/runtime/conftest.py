@@ -12,6 +12,23 @@ import pytest
 from qcompile.options import CompileOptions
 from qcompile.pipeline import compile_checkpoint
 
+# Family, fields of config.json, compile options: every kind of layer, packed and kept, tied and not.
+MODEL_CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "llama": ("llama", {}, {}),
+    "llama-all-kept": ("llama", {}, {"exclude": ("*",)}),
+    "qwen2-tied-all-packed": (
+        "qwen2",
+        {"tie_word_embeddings": True},
+        {"quantize_head": True, "quantize_embeddings": True},
+    ),
+    "qwen3-head-packed": ("qwen3", {"dtype": "float16"}, {"quantize_head": True}),
+    "mistral-tied-ragged": (
+        "mistral",
+        {"tie_word_embeddings": True, "intermediate_size": 172, "hidden_size": 100, "head_dim": 26},
+        {},
+    ),
+}
+
 TEXT = "the cat sat on the mat; the dog and the frog were there too"
 
 
@@ -61,3 +78,9 @@ def make_packed(
         return out
 
     return build
+
+
+@pytest.fixture(params=MODEL_CASES)
+def model_case(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """What `make_packed` takes for each of MODEL_CASES: family, config fields, compile options."""
+    return MODEL_CASES[request.param]

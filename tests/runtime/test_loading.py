@@ -22,22 +22,6 @@ from nf4format.errors import FormatError, Nf4Error
 IDS = torch.arange(3, 43).view(2, 20)
 KEPT_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
-CASES = {
-    "llama": ("llama", {}, {}),
-    "llama-all-kept": ("llama", {}, {"exclude": ("*",)}),
-    "qwen2-tied-all-packed": (
-        "qwen2",
-        {"tie_word_embeddings": True},
-        {"quantize_head": True, "quantize_embeddings": True},
-    ),
-    "qwen3-head-packed": ("qwen3", {"dtype": "float16"}, {"quantize_head": True}),
-    "mistral-tied-ragged": (
-        "mistral",
-        {"tie_word_embeddings": True, "intermediate_size": 172, "hidden_size": 100, "head_dim": 26},
-        {},
-    ),
-}
-
 
 def dense_copy(path: Path) -> CausalLM:
     """An ordinary fp32 model with the weights that the file decodes to, by the numpy reference."""
@@ -58,9 +42,8 @@ def dense_copy(path: Path) -> CausalLM:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("case", CASES)
-def test_logits_equal_a_dense_model_with_the_decoded_weights(make_packed, case):
-    family, fields, options = CASES[case]
+def test_logits_equal_a_dense_model_with_the_decoded_weights(make_packed, model_case):
+    family, fields, options = model_case
     path = make_packed(family, options=options, **fields)
     expected = dense_copy(path)(IDS)
     assert expected.std() > 0.05

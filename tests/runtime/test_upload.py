@@ -24,27 +24,11 @@ from nf4format.sums import CHUNK_BYTES
 pytestmark = pytest.mark.cuda
 
 IDS = torch.arange(3, 43).view(2, 20)
-CASES = {
-    "llama": ("llama", {}, {}),
-    "llama-all-kept": ("llama", {}, {"exclude": ("*",)}),
-    "qwen2-tied-all-packed": (
-        "qwen2",
-        {"tie_word_embeddings": True},
-        {"quantize_head": True, "quantize_embeddings": True},
-    ),
-    "qwen3-head-packed": ("qwen3", {"dtype": "float16"}, {"quantize_head": True}),
-    "mistral-tied-ragged": (
-        "mistral",
-        {"tie_word_embeddings": True, "intermediate_size": 172, "hidden_size": 100, "head_dim": 26},
-        {},
-    ),
-}
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("case", CASES)
-def test_logits_equal_the_cpus(make_packed, case):
-    family, fields, options = CASES[case]
+def test_logits_equal_the_cpus(make_packed, model_case):
+    family, fields, options = model_case
     path = make_packed(family, options=options, **fields)
     expected = nf4.load(path, dtype="float32")(IDS)
     model = nf4.load(path, device="cuda", dtype="float32")
