@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--lr", type=float, default=5e-3)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="where to write the figures")
     arguments = parser.parse_args()
@@ -66,7 +67,8 @@ def main() -> None:
         machine=machine("nf4", "torch") | {"threads": str(torch.get_num_threads())},
         notes=[
             f"{packed['tokens']:,} tokens each; the same data, order, seed and adapter (rank "
-            f"{arguments.rank} on all linear layers, rate {arguments.lr:g}); {arguments.dtype}.",
+            f"{arguments.rank} on all linear layers, rate {arguments.lr:g});"
+            f" {arguments.dtype}, {arguments.device}.",
             f"Perplexity on the last {HELD_OUT:.0%} of the text, which is held out.",
         ],
     ).finish(arguments.json)
@@ -81,7 +83,7 @@ def run(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any
     parts = {"train.txt": text[:cut], "held_out.txt": text[cut:]}
     for part, content in parts.items():
         (folder / part).write_text(content, encoding="utf-8")
-    model = nf4.load(file, dtype=arguments.dtype)
+    model = nf4.load(file, dtype=arguments.dtype, device=arguments.device)
     assert model.source is not None
     summary = train(
         model,

@@ -6,6 +6,7 @@ python tools/bench/perplexity.py MODEL_DIR TEXT --window 512 --json tools/bench/
 from __future__ import annotations
 
 import argparse
+import itertools
 import tempfile
 import time
 from pathlib import Path
@@ -29,6 +30,7 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="Hugging Face checkpoint directory")
     parser.add_argument("text", type=Path, help="plain text, documents separated by a line <|doc|>")
     parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--devices", nargs="+", default=["cpu"], choices=["cpu", "cuda"])
     parser.add_argument("--json", type=Path, help="where to write the figures")
     arguments = parser.parse_args()
 
@@ -38,8 +40,8 @@ def main() -> None:
         for weights, options in WEIGHTS.items():
             file = Path(folder) / f"{weights}.nf4"
             compile_checkpoint(arguments.model, file, options)
-            for dtype in ("float32", "bfloat16"):
-                model = nf4.load(file, dtype=dtype)
+            for device, dtype in itertools.product(arguments.devices, ("float32", "bfloat16")):
+                model = nf4.load(file, dtype=dtype, device=device)
                 assert model.source is not None
                 tokenizer = Tokenizer.from_file(model.source)
                 tokens = encode_documents(tokenizer, arguments.text.read_text(encoding="utf-8"))
@@ -48,7 +50,8 @@ def main() -> None:
                 speed = result.tokens / (time.perf_counter() - began)
                 predicted = result.tokens
                 size = round(file.stat().st_size / 1e6, 1)
-                rows.append([weights, dtype, size, f"{result.perplexity:.3f}", round(speed)])
+                arithmetic = dtype if arguments.devices == ["cpu"] else f"{dtype}, {device}"
+                rows.append([weights, arithmetic, size, f"{result.perplexity:.3f}", round(speed)])
     Report(
         title=f"Perplexity of {arguments.model.name} on {arguments.text.name}",
         columns=["weights", "arithmetic", "file MB", "perplexity", "tokens/s"],
