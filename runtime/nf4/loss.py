@@ -44,8 +44,10 @@ def loss_sum(head: Head, hidden_NH: Tensor, targets_N: Tensor, vocab_size: int) 
 
 def backward_loss(
     head: Head, hidden_NH: Tensor, targets_N: Tensor, vocab_size: int, *, scale: float
-) -> float:
+) -> Tensor:
     """Sum of the negative log-likelihoods, in nats, after backward of `scale` times that sum.
+
+    The sum is float64, without shape, on the device of the states: nothing waits for it.
 
     Each chunk goes forward and backward before the next one, down to the hidden states and to whatever
     the head trains; one backward through the rest of the model follows.
@@ -71,7 +73,7 @@ def backward_loss(
         total += loss.detach()
     if hidden_NH.requires_grad:  # not when only the head is trained
         hidden_NH.backward(gradient)
-    return total.item()
+    return total
 
 
 def _chunks(hidden_NH: Tensor, targets_N: Tensor, vocab_size: int) -> list[tuple[Tensor, Tensor]]:

@@ -219,7 +219,7 @@ def train_step(
         moved = batch.to(model.device)
         hidden = model.hidden_states(moved.input_ids, moved.attention_mask)
         states, targets = labelled_positions(hidden, moved.labels)
-        loss = backward_loss(model.head, states, targets, model.config.vocab_size, scale=1 / labels)
+        loss = backward_loss(model.head, states, targets, model.config.vocab_size, scale=1 / labels).item()
         if not math.isfinite(loss):
             raise _not_finite(f"loss, micro-batch {number} of {len(batches)},", step, loss)
         total += loss

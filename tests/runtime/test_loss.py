@@ -53,7 +53,7 @@ def test_value_and_gradients_match_the_plain_loss(
         widest = max(widest, len(chunk))
         return head(chunk)
 
-    total = loss.backward_loss(counted, states, targets, VOCAB, scale=0.25)
+    total = loss.backward_loss(counted, states, targets, VOCAB, scale=0.25).item()
     assert widest <= rows
     assert total * 0.25 == pytest.approx(expected.item(), rel=1e-6)  # the loss itself is taken in fp32
     torch.testing.assert_close(ours.grad, before.grad, rtol=1e-5, atol=1e-7)
