@@ -53,9 +53,10 @@ def test_transformers_logits_equal_those_of_our_decoded_weights(make_packed, tmp
     folder = tmp_path / path.stem
     plain = AutoModelForCausalLM.from_pretrained(folder)
     plain.load_state_dict(decoded, strict=False)
-    expected = plain(IDS).logits
+    ids = IDS.to(quantized.device)  # transformers puts 4-bit models on a GPU where there is one
+    expected = plain.to(ids.device)(ids).logits
     assert expected.dtype == torch.bfloat16
-    assert torch.equal(quantized(IDS).logits, expected)
+    assert torch.equal(quantized(ids).logits, expected)
 
 
 def test_the_directory(make_packed, tmp_path):
@@ -102,8 +103,9 @@ def test_peft_trains_on_it(make_packed, tmp_path):
     model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
+    ids = IDS.to(model.device)
     for _ in range(4):
-        loss = model(IDS, labels=IDS).loss
+        loss = model(ids, labels=ids).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -136,11 +138,12 @@ def test_our_adapter_gives_the_same_logits_in_peft_on_it(make_packed, tmp_path):
         else:
             for parameter in module.parameters(recurse=False):
                 parameter.data = parameter.data.float()
-    without = base.train()(IDS).logits
+    ids = IDS.to(base.device)
+    without = base.train()(ids).logits
     theirs = PeftModel.from_pretrained(base, tmp_path / "adapter").train()
     with torch.no_grad():
-        expected = ours(IDS)
-        assert (theirs(input_ids=IDS).logits - expected).abs().max() < 1e-4
+        expected = ours(IDS).to(ids.device)
+        assert (theirs(input_ids=ids).logits - expected).abs().max() < 1e-4
     assert (without - expected).abs().max() > 0.1  # the adapter matters
 
 
@@ -184,7 +187,7 @@ def test_packed_experts_are_refused(tmp_path):
         export_bnb(file, tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").train()
     assert type(model.model.layers[0].self_attn.q_proj).__name__ == "Linear4bit"
-    assert model(IDS).logits.isfinite().all()
+    assert model(IDS.to(model.device)).logits.isfinite().all()
 
 
 def test_transposed_weights_are_refused(make_packed, tmp_path):

@@ -38,7 +38,7 @@ def make_adapter(packed: Path, out: Path) -> None:
 def ours(packed: Path, adapter: Path, rate: float = RATE, **switches: Any) -> Step:
     """`nf4.train.train_step` on the packed file; `switches` are set on the model."""
     import nf4
-    from nf4.data import Batch
+    from nf4.data import IGNORED, Batch
     from nf4.optim import PagedAdamW
     from nf4.train import train_step
 
@@ -58,7 +58,10 @@ def ours(packed: Path, adapter: Path, rate: float = RATE, **switches: Any) -> St
     def step(ids: Tensor) -> tuple[float, float]:
         nonlocal taken
         taken += 1
-        loss, norm = train_step(model, optimizer, [Batch(ids, ids, None)], rate=rate, clip=CLIP, step=taken)
+        labels = ids.clone()
+        labels[:, 0] = IGNORED  # nothing predicts the first token
+        batch = Batch(ids, labels, None)
+        loss, norm = train_step(model, optimizer, [batch], rate=rate, clip=CLIP, step=taken)
         return float(loss), float(norm)
 
     return step
