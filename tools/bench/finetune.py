@@ -64,7 +64,8 @@ def main() -> None:
             ]
             for name, result in results.items()
         ],
-        machine=machine("nf4", "torch") | {"threads": str(torch.get_num_threads())},
+        machine=machine("nf4", "torch", gpu=arguments.device == "cuda")
+        | {"threads": str(torch.get_num_threads())},
         notes=[
             f"{packed['tokens']:,} tokens each; the same data, order, seed and adapter (rank "
             f"{arguments.rank} on all linear layers, rate {arguments.lr:g});"

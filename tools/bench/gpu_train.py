@@ -222,8 +222,7 @@ def report(results: list[dict[str, Any]], per_token: dict[str, float], arguments
             "largest loss gap",
         ],
         rows,
-        {"GPU": torch.cuda.get_device_name(), **machine("torch", "transformers", "peft", "bitsandbytes")}
-        | {key: value for key, value in machine("liger_kernel").items() if key == "liger_kernel"},
+        machine("torch", "transformers", "peft", "bitsandbytes", "liger_kernel", gpu=True),
         [
             f"Limit in this run: bf16 product {limit / 1e12:,.0f} TFLOP/s. Median of {arguments.steps} steps"
             f" after {arguments.warm}; peak of the allocator over those steps, weights included.",

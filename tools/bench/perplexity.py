@@ -56,7 +56,8 @@ def main() -> None:
         title=f"Perplexity of {arguments.model.name} on {arguments.text.name}",
         columns=["weights", "arithmetic", "file MB", "perplexity", "tokens/s"],
         rows=rows,
-        machine=machine("nf4", "torch") | {"threads": str(torch.get_num_threads())},
+        machine=machine("nf4", "torch", gpu="cuda" in arguments.devices)
+        | {"threads": str(torch.get_num_threads())},
         notes=[f"{predicted:,} tokens predicted, in windows of {arguments.window} that begin with BOS."],
     ).finish(arguments.json)
 

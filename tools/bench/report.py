@@ -57,13 +57,17 @@ class Report:
             Path(json_path).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
 
-def machine(*packages: str) -> dict[str, str]:
-    """CPU model, cores, Python, and the versions of `packages`."""
+def machine(*packages: str, gpu: bool = False) -> dict[str, str]:
+    """CPU model, cores, Python, and the versions of `packages`; the GPU's name in front if asked for."""
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists() and (found := re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text())):
         model = found[1]
     described = {"CPU": model, "cores": str(cpu_count()), "Python": platform.python_version()}
+    if gpu:
+        import torch
+
+        described = {"GPU": torch.cuda.get_device_name(), **described}
     for package in packages:
         try:
             described[package] = version(package)
