@@ -1,10 +1,11 @@
 // The Python module nf4._cuda: raw device addresses and a stream in, no torch. Its callers hold tensors to
 // sizes, types and devices (nf4/operands.py); what can be checked from numbers alone is checked here. Work is
 // only started; the interpreter lock is kept, as no call waits.
+#include "bindings.h"
+
 #include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
 
-#include <stdexcept>
 #include <string>
 
 #include "launchers.h"
@@ -12,11 +13,6 @@
 namespace py = pybind11;
 
 namespace {
-
-struct CudaFailure {
-  std::string call;
-  cudaError_t code;
-};
 
 PyObject* cuda_error = nullptr;  // nf4._cuda.CudaError, alive as long as the process
 
@@ -29,26 +25,6 @@ void raise_cuda_error(const CudaFailure& failure) {
   error.attr("name") = name;
   error.attr("text") = text;
   PyErr_SetObject(cuda_error, error.ptr());
-}
-
-void check(const char* call, int code) {
-  if (code == cudaSuccess) return;
-  cudaGetLastError();  // this module's own copy of the runtime would report it again
-  throw CudaFailure{call, static_cast<cudaError_t>(code)};
-}
-
-template <typename T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-void require(bool holds, const char* name, const char* expected, int64_t got) {
-  if (holds) return;
-  throw std::invalid_argument(std::string(name) + ": expected " + expected + ", got " + std::to_string(got));
-}
-
-void check_dtype(const char* name, int dtype) {
-  require(dtype >= 0 && dtype <= 2, name, "0 (float32), 1 (bfloat16) or 2 (float16)", dtype);
 }
 
 Nf4Weight weight_of(uintptr_t codes, uintptr_t absmax, uintptr_t nested_absmax, uintptr_t nested_quant_map,
@@ -155,6 +131,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("adamw", &adamw, "parameter"_a, "parameter_dtype"_a, "gradient"_a, "gradient_dtype"_a, "exp_avg"_a,
         "exp_avg_sq"_a, "count"_a, "lr"_a, "beta1"_a, "beta2"_a, "eps"_a, "weight_decay"_a, "step"_a,
         "gradient_factor"_a, "stream"_a);
+  bind_training(m);
   m.def("driver_version", &driver_version);
   m.def("build_info", &build_info);
 }

@@ -10,6 +10,9 @@
 // the range; spans that the range cuts, and all spans when pointers do not allow wide accesses, take the
 // element path in the same launch. Rounding: the two rules of nf4.cuh, equal to the CPU's.
 //
+// Rows may be written with room behind them: the tensor is then a matrix, and row r begins at out + r *
+// stride.
+//
 // Bytes moved a weight: 0.516 read, sizeof(T) written. To bf16 on an H200, cold weights, fraction of the copy
 // limit (in brackets without programmatic launch):
 //   4096x4096 0.88 (0.85)    14336x4096 0.92 (0.90)    8192x8192 0.93 (0.90)    28672x8192 0.96 (0.95)
@@ -79,10 +82,16 @@ __device__ inline uint4 decode(const float* levels, uint32_t word, float scale) 
   return make_uint4(packed[0], packed[1], packed[2], packed[3]);
 }
 
-// out points where element 0 of the tensor would lie, so that out[i] is element i.
-template <typename T, bool kLarge>
+// Where elements go: rows of `columns` elements with `gap` elements between them; no gap, no rows.
+struct Rows {
+  int64_t columns;
+  int64_t gap;
+};
+
+// out points where element 0 of the tensor would lie, so that out[i] is element i where rows have no gap.
+template <typename T, bool kLarge, bool kGap>
 __global__ void __launch_bounds__(kThreads)
-    dequantize_kernel(Nf4Weight weight, int64_t start, int64_t stop, T* out, bool wide) {
+    dequantize_kernel(Nf4Weight weight, int64_t start, int64_t stop, T* out, Rows rows, bool wide) {
   constexpr int kWords = kLarge ? 4 : 8;
   using S = Span<T, kWords>;
   using Word = typename Codes<T>::type;
@@ -113,6 +122,13 @@ __global__ void __launch_bounds__(kThreads)
     const float scale = decode_scale(map[quantized], nested, weight.offset);
     wait_for_previous();
     uint4* target = reinterpret_cast<uint4*>(out + first) + lane;
+    int64_t column = 0;  // of this lane's next store
+    if constexpr (kGap) {
+      const int64_t mine = first + lane * S::kLane;
+      const int64_t row = mine / rows.columns;
+      column = mine - row * rows.columns;
+      target += row * rows.gap / S::kLane;
+    }
 #pragma unroll
     for (int i = 0; i < kWords; ++i) {
       const int block = i * (S::kWord / kBlock) + lane / S::kLanesPerBlock;
@@ -121,6 +137,10 @@ __global__ void __launch_bounds__(kThreads)
         __stcs(target + 32 * i, values);
       } else {
         target[32 * i] = values;
+      }
+      if constexpr (kGap) {
+        for (column += S::kWord; column >= rows.columns; column -= rows.columns)
+          target += rows.gap / S::kLane;
       }
     }
   } else {
@@ -132,31 +152,53 @@ __global__ void __launch_bounds__(kThreads)
       const float scale =
           decode_scale(map[weight.absmax[block]], weight.nested_absmax[block / kNestedBlock], weight.offset);
       const int byte = weight.codes[i / 2];
-      out[i] = round_to<T>(__fmul_rn(levels[i % 2 ? byte & 15 : byte >> 4], scale));
+      const int64_t place = kGap ? i + i / rows.columns * rows.gap : i;
+      out[place] = round_to<T>(__fmul_rn(levels[i % 2 ? byte & 15 : byte >> 4], scale));
     }
   }
 }
 
-template <typename T, bool kLarge>
-cudaError_t run(const Nf4Weight& weight, int64_t start, int64_t stop, void* out, bool overlap,
-                cudaStream_t stream) {
+template <typename T, bool kLarge, bool kGap>
+cudaError_t run(const Nf4Weight& weight, int64_t start, int64_t stop, void* out, const Rows& rows,
+                bool overlap, cudaStream_t stream) {
   using S = Span<T, kLarge ? 4 : 8>;
   Device device;
   if (cudaError_t error = current_device(&device)) return error;
-  const uintptr_t origin = reinterpret_cast<uintptr_t>(out) - static_cast<uintptr_t>(start) * sizeof(T);
-  const bool wide = origin % 16 == 0 && reinterpret_cast<uintptr_t>(weight.codes) % 4 == 0;
+  const int64_t before = kGap ? start + start / rows.columns * rows.gap : start;
+  const uintptr_t origin = reinterpret_cast<uintptr_t>(out) - static_cast<uintptr_t>(before) * sizeof(T);
+  const bool wide = origin % 16 == 0 && reinterpret_cast<uintptr_t>(weight.codes) % 4 == 0 &&
+                    (!kGap || (rows.columns % S::kLane == 0 && rows.gap % S::kLane == 0));
   const int64_t spans = (stop - 1) / S::kWeights - start / S::kWeights + 1;
   const int64_t blocks = (spans + kThreads / 32 - 1) / (kThreads / 32);
   if (blocks > INT32_MAX) return cudaErrorInvalidValue;
-  return launch(dequantize_kernel<T, kLarge>, dim3(static_cast<unsigned>(blocks)), kThreads, 0, stream,
-                overlap && device.major >= 9, weight, start, stop, reinterpret_cast<T*>(origin), wide);
+  return launch(dequantize_kernel<T, kLarge, kGap>, dim3(static_cast<unsigned>(blocks)), kThreads, 0, stream,
+                overlap && device.major >= 9, weight, start, stop, reinterpret_cast<T*>(origin), rows, wide);
 }
 
 template <typename T>
-cudaError_t dequantize(const Nf4Weight& weight, int64_t start, int64_t stop, void* out, bool overlap,
-                       cudaStream_t stream) {
+cudaError_t dequantize(const Nf4Weight& weight, int64_t start, int64_t stop, void* out, const Rows& rows,
+                       bool overlap, cudaStream_t stream) {
   const bool large = (stop - start) * static_cast<int64_t>(sizeof(T)) >= kLargeBytes;
-  return (large ? run<T, true> : run<T, false>)(weight, start, stop, out, overlap, stream);
+  if (rows.gap == 0) {
+    return (large ? run<T, true, false> : run<T, false, false>)(weight, start, stop, out, rows, overlap,
+                                                                stream);
+  }
+  return (large ? run<T, true, true> : run<T, false, true>)(weight, start, stop, out, rows, overlap, stream);
+}
+
+cudaError_t dequantize(const Nf4Weight& weight, int64_t start, int64_t stop, void* out, int dtype,
+                       const Rows& rows, bool overlap, cudaStream_t stream) {
+  if (start < 0 || stop < start) return cudaErrorInvalidValue;
+  if (start == stop) return cudaSuccess;
+  switch (dtype) {
+    case NF4_FLOAT32:
+      return dequantize<float>(weight, start, stop, out, rows, overlap, stream);
+    case NF4_FLOAT16:
+      return dequantize<__half>(weight, start, stop, out, rows, overlap, stream);
+    case NF4_BFLOAT16:
+      return dequantize<__nv_bfloat16>(weight, start, stop, out, rows, overlap, stream);
+  }
+  return cudaErrorInvalidValue;
 }
 
 }  // namespace
@@ -166,15 +208,13 @@ cudaError_t dequantize(const Nf4Weight& weight, int64_t start, int64_t stop, voi
 // right before this one in the stream writes the weight.
 extern "C" int nf4_dequantize(const Nf4Weight* weight, int64_t start, int64_t stop, void* out, int dtype,
                               int overlap, cudaStream_t stream) {
-  if (start < 0 || stop < start) return cudaErrorInvalidValue;
-  if (start == stop) return cudaSuccess;
-  switch (dtype) {
-    case NF4_FLOAT32:
-      return nf4::dequantize<float>(*weight, start, stop, out, overlap, stream);
-    case NF4_FLOAT16:
-      return nf4::dequantize<__half>(*weight, start, stop, out, overlap, stream);
-    case NF4_BFLOAT16:
-      return nf4::dequantize<__nv_bfloat16>(*weight, start, stop, out, overlap, stream);
-  }
-  return cudaErrorInvalidValue;
+  return nf4::dequantize(*weight, start, stop, out, dtype, nf4::Rows{1, 0}, overlap, stream);
+}
+
+// The weight as a matrix [rows, columns]; row r of it goes to out + r * stride, stride >= columns.
+extern "C" int nf4_dequantize_rows(const Nf4Weight* weight, int64_t rows, int64_t columns, void* out,
+                                   int64_t stride, int dtype, int overlap, cudaStream_t stream) {
+  if (rows < 0 || columns < 1 || stride < columns) return cudaErrorInvalidValue;
+  return nf4::dequantize(*weight, 0, rows * columns, out, dtype, nf4::Rows{columns, stride - columns},
+                         overlap, stream);
 }

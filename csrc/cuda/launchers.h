@@ -26,10 +26,33 @@ struct Nf4Linear {
   int n;
 };
 
+// A matrix row-major, `stride` elements from one row to the next.
+struct Nf4Rows {
+  void* data;
+  int64_t stride;
+};
+
+// A LoRA adapter of one of several layers that share an input: fp32 masters a [rank, k] and b [rows, rank],
+// their gradients, and its place among the others' rows and ranks.
+struct Nf4Adapter {
+  const float* a;
+  const float* b;
+  float* grad_a;
+  float* grad_b;
+  int first_row;
+  int rows;
+  int first_rank;
+  int rank;
+  float scaling;
+};
+
 #define NF4_MOST_WEIGHTS 4  // of one launch: q, k, v or gate, up; one more than either needs
 
 int nf4_dequantize(const Nf4Weight* weight, int64_t start, int64_t stop, void* out, int dtype, int overlap,
                    cudaStream_t stream);
+
+int nf4_dequantize_rows(const Nf4Weight* weight, int64_t rows, int64_t columns, void* out, int64_t stride,
+                        int dtype, int overlap, cudaStream_t stream);
 
 int nf4_embedding(const Nf4Weight* weight, const int64_t* ids, int64_t num_ids, int64_t rows, int64_t width,
                   void* out, int dtype, int overlap, cudaStream_t stream);
@@ -43,5 +66,28 @@ int nf4_linear_any_shape(const Nf4Weight* weight, const void* x, const void* bia
 int nf4_adamw(void* parameter, const void* gradient, float* exp_avg, float* exp_avg_sq, int64_t count,
               int parameter_dtype, int gradient_dtype, double lr, double beta1, double beta2, double eps,
               double weight_decay, int64_t step, const float* gradient_factor, cudaStream_t stream);
+
+int nf4_rms_norm(const Nf4Rows* x, const Nf4Rows* residual, const Nf4Rows* sum, const void* weight,
+                 const Nf4Rows* y, int num_rows, int size, float eps, int dtype, cudaStream_t stream);
+
+int nf4_rms_norm_backward(const Nf4Rows* grad_y, const Nf4Rows* x, const void* weight, const Nf4Rows* passed,
+                          const Nf4Rows* grad_x, int num_rows, int size, float eps, int dtype,
+                          cudaStream_t stream);
+
+int nf4_rotary(const Nf4Rows* x, const Nf4Rows* y, int64_t num_rows, int num_heads, int head_size,
+               const void* cosines, const void* sines, int64_t table_rows, int64_t table_stride, int backward,
+               int dtype, cudaStream_t stream);
+
+int nf4_swiglu(const Nf4Rows* gate_up, const Nf4Rows* y, int64_t num_rows, int size, int backward, int dtype,
+               cudaStream_t stream);
+
+int nf4_cross_entropy(const Nf4Rows* logits, const int64_t* targets, float* losses, int num_rows, int size,
+                      int gradient, float scale, int dtype, cudaStream_t stream);
+
+int nf4_lora_pack(const Nf4Adapter* adapters, int count, void* matrix, int64_t stride, int n, int k, int r,
+                  int dtype, cudaStream_t stream);
+
+int nf4_lora_unpack(const Nf4Adapter* adapters, int count, const void* grad_a, const void* grad_b, int n,
+                    int k, int add, int dtype, cudaStream_t stream);
 
 }  // extern "C"

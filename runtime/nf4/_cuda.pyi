@@ -39,6 +39,22 @@ def dequantize(
 ) -> None:
     """Elements [start, stop) of the flat tensor to out[0 .. stop - start)."""
 
+def dequantize_rows(
+    codes: int,
+    absmax: int,
+    nested_absmax: int,
+    nested_quant_map: int,
+    nested_offset: float,
+    rows: int,
+    columns: int,
+    out: int,
+    stride: int,
+    out_dtype: int,
+    overlap: bool,
+    stream: int,
+) -> None:
+    """The weight as a matrix [rows, columns]; row r to out + r * stride, in elements."""
+
 def embedding(
     codes: int,
     absmax: int,
@@ -76,6 +92,126 @@ def linear(
 
     All row-major and of one type; fp32 sums. The fast kernel takes 16-bit types with k a multiple of 64 and x
     and codes at multiples of 16 bytes; the rest goes through a slow one.
+    """
+
+def rms_norm(
+    x: int,
+    x_stride: int,
+    residual: int,
+    residual_stride: int,
+    sum: int,
+    sum_stride: int,
+    weight: int,
+    y: int,
+    y_stride: int,
+    rows: int,
+    size: int,
+    eps: float,
+    dtype: int,
+    stream: int,
+) -> None:
+    """y = x / rms(x) * weight over rows [rows, size], strides in elements. Unless residual is 0,
+    sum = x + residual, and it is sum that is normalized. Outputs may lie where inputs do.
+    """
+
+def rms_norm_backward(
+    grad_y: int,
+    grad_y_stride: int,
+    x: int,
+    x_stride: int,
+    weight: int,
+    passed: int,
+    passed_stride: int,
+    grad_x: int,
+    grad_x_stride: int,
+    rows: int,
+    size: int,
+    eps: float,
+    dtype: int,
+    stream: int,
+) -> None:
+    """grad_x = passed + the gradient of x, from grad_y, the gradient of rms_norm's output."""
+
+def rotary(
+    x: int,
+    x_stride: int,
+    y: int,
+    y_stride: int,
+    rows: int,
+    heads: int,
+    head_size: int,
+    cosines: int,
+    sines: int,
+    table_rows: int,
+    table_stride: int,
+    backward: bool,
+    dtype: int,
+    stream: int,
+) -> None:
+    """y = heads [rows, heads * head_size] of x, rotated by the angles in row r % table_rows of the tables, of
+    which the first head_size / 2 columns are read; backward: by their negatives. Pairs are (d, d + head_size / 2).
+    """
+
+def swiglu(
+    gate_up: int,
+    gate_up_stride: int,
+    y: int,
+    y_stride: int,
+    rows: int,
+    size: int,
+    backward: bool,
+    dtype: int,
+    stream: int,
+) -> None:
+    """y [rows, size] = silu(gate) * up, of rows [gate | up]. backward: y is the gradient of that, and the
+    gradients of gate and up take their place.
+    """
+
+def cross_entropy(
+    logits: int,
+    stride: int,
+    targets: int,
+    losses: int,
+    rows: int,
+    size: int,
+    gradient: bool,
+    scale: float,
+    dtype: int,
+    stream: int,
+) -> None:
+    """losses (float32) = negative log-likelihoods of targets (int64) under logits [rows, size]; with gradient,
+    the gradient of scale times their sum takes the logits' place. A target outside of the row gives NaN.
+    """
+
+Adapter = tuple[int, int, int, int, int, int, float]  # a, b, first row, rows, first rank, rank, scaling
+
+def lora_pack(
+    adapters: list[Adapter],
+    matrix: int,
+    stride: int,
+    n: int,
+    k: int,
+    r: int,
+    dtype: int,
+    stream: int,
+) -> None:
+    """Writes B of the adapters, scaled, into columns [k, k + r) and A into rows [n, n + r) of the matrix,
+    zeros where there is no adapter; a and b are float32 [rank, k] and [rows, rank]. At most 4 adapters.
+    """
+
+def lora_unpack(
+    adapters: list[Adapter],
+    gradients: list[tuple[int, int]],
+    grad_a: int,
+    grad_b: int,
+    n: int,
+    k: int,
+    add: bool,
+    dtype: int,
+    stream: int,
+) -> None:
+    """Gradients of each a and b, float32, from those of the packed A, grad_a [r, k], and of B transposed,
+    grad_b [r, n], which is scaled; written, or added to what is there.
     """
 
 def adamw(

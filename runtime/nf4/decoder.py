@@ -18,8 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .attention import Seen, Segments, attend, rotate, takes_segments
 from .cache import KVCache
+from .checkpoints import Checkpoints, HostCheckpoints
 from .config import ModelConfig
+from .layer_step import LayerStep, can_step, checkpointed
 
 if TYPE_CHECKING:
     from nf4format.container import Nf4File
@@ -57,12 +60,6 @@ def rotary_frequencies(config: ModelConfig) -> Tensor:
         return frequencies * smooth + frequencies / scaling.factor * (1 - smooth)
 
 
-def rotate(x_BNTD: Tensor, cos_BTD: Tensor, sin_BTD: Tensor) -> Tensor:
-    """Rotary position embedding of heads; pairs are (d, d + D/2), as in Hugging Face checkpoints."""
-    first, second = x_BNTD.chunk(2, dim=-1)
-    return x_BNTD * cos_BTD[:, None] + torch.cat((-second, first), dim=-1) * sin_BTD[:, None]
-
-
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions; an optional norm on query and key heads (Qwen3)."""
 
@@ -72,7 +69,6 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         query = config.num_attention_heads * config.head_dim
         key = config.num_key_value_heads * config.head_dim
-        self.is_grouped = query != key
         self.q_proj = linear(config.hidden_size, query, bias=config.attention_bias)
         self.k_proj = linear(config.hidden_size, key, bias=config.attention_bias)
         self.v_proj = linear(config.hidden_size, key, bias=config.attention_bias)
@@ -83,7 +79,12 @@ class Attention(nn.Module):
         self.has_qk_norm = config.qk_norm
 
     def forward(
-        self, x_BTH: Tensor, cos_BTD: Tensor, sin_BTD: Tensor, mask: Tensor | None, cache: KVCache | None
+        self,
+        x_BTH: Tensor,
+        cos_BTD: Tensor,
+        sin_BTD: Tensor,
+        seen: Seen = None,
+        cache: KVCache | None = None,
     ) -> Tensor:
         heads = (*x_BTH.shape[:-1], -1, self.head_dim)
         q_BTND, k_BTGD = self.q_proj(x_BTH).view(heads), self.k_proj(x_BTH).view(heads)
@@ -94,11 +95,7 @@ class Attention(nn.Module):
         v_BGSD = self.v_proj(x_BTH).view(heads).transpose(1, 2)
         if cache is not None:
             k_BGSD, v_BGSD = cache.append(self.layer, k_BGSD, v_BGSD)
-        # Without a mask the keys are exactly the queries' own tokens, or one query sees them all.
-        is_causal = mask is None and q_BNTD.shape[2] > 1
-        attended = F.scaled_dot_product_attention(
-            q_BNTD, k_BGSD, v_BGSD, attn_mask=mask, is_causal=is_causal, enable_gqa=self.is_grouped
-        )
+        attended = attend(q_BNTD, k_BGSD, v_BGSD, seen)
         return self.o_proj(attended.transpose(1, 2).flatten(2))
 
 
@@ -126,9 +123,15 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, x_BTH: Tensor, cos_BTD: Tensor, sin_BTD: Tensor, mask: Tensor | None, cache: KVCache | None
+        self,
+        x_BTH: Tensor,
+        cos_BTD: Tensor,
+        sin_BTD: Tensor,
+        seen: Seen = None,
+        cache: KVCache | None = None,
     ) -> Tensor:
-        x_BTH = x_BTH + self.self_attn(self.input_layernorm(x_BTH), cos_BTD, sin_BTD, mask, cache)
+        normed_BTH = self.input_layernorm(x_BTH)
+        x_BTH = x_BTH + self.self_attn(normed_BTH, cos_BTD, sin_BTD, seen, cache)
         return x_BTH + self.mlp(self.post_attention_layernorm(x_BTH))
 
 
@@ -145,6 +148,8 @@ class Decoder(nn.Module):
         self.layer_windows = config.layer_windows
         self.frequencies = rotary_frequencies(config)  # not a buffer: `.to(dtype)` must never round it
         self.gradient_checkpointing = False
+        self.offload_checkpoints = False
+        self._host_checkpoints: HostCheckpoints | None = None
 
     def forward(
         self,
@@ -152,11 +157,16 @@ class Decoder(nn.Module):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         cache: KVCache | None = None,
+        segments: Segments | None = None,
     ) -> Tensor:
-        batch, new = input_ids.shape
+        new = input_ids.shape[1]
         past = cache.length if cache is not None else 0
         _check_shapes(input_ids, attention_mask, position_ids, cache)
-        if position_ids is None:
+        if segments is not None:
+            _check_packed(input_ids, attention_mask, cache, segments)
+        if position_ids is None and segments is not None:
+            position_ids = segments.positions()
+        elif position_ids is None:
             position_ids = _positions(attention_mask, past, new, input_ids.device)
         compute_dtype = self.norm.weight.dtype
         x_BTH = self.embed_tokens(input_ids).to(compute_dtype)
@@ -164,19 +174,35 @@ class Decoder(nn.Module):
         if self.frequencies.device != x_BTH.device:
             self.frequencies = self.frequencies.to(x_BTH.device)  # once, not at every step
         angles = position_ids[..., None].float() * self.frequencies
-        cos_BTD = torch.cat((angles.cos(),) * 2, dim=-1).to(compute_dtype).expand(batch, -1, -1)
-        sin_BTD = torch.cat((angles.sin(),) * 2, dim=-1).to(compute_dtype).expand(batch, -1, -1)
-        masks = {
-            window: attention_bias(attention_mask, past, new, window, input_ids.device)
-            for window in set(self.layer_windows)
+        # [1, T, D] where all sequences count alike.
+        cos_BTD = torch.cat((angles.cos(),) * 2, dim=-1).to(compute_dtype)
+        sin_BTD = torch.cat((angles.sin(),) * 2, dim=-1).to(compute_dtype)
+        seen = {
+            window: _seen(attention_mask, segments, window, past, x_BTH) for window in set(self.layer_windows)
         }
         saves_memory = self.gradient_checkpointing and torch.is_grad_enabled() and cache is None
+        checkpoints = self._begin_checkpoints(x_BTH.device)
         for layer, window in zip(self.layers, self.layer_windows, strict=True):
-            inputs = (x_BTH, cos_BTD, sin_BTD, masks[window], cache)
-            x_BTH = checkpoint(layer, *inputs, use_reentrant=False) if saves_memory else layer(*inputs)
+            assert isinstance(layer, DecoderLayer)
+            inputs = (x_BTH, cos_BTD, sin_BTD, seen[window], cache)
+            if not saves_memory:
+                x_BTH = layer(*inputs)
+            elif x_BTH.is_cuda and can_step(layer):
+                x_BTH = checkpointed(x_BTH, LayerStep(layer, cos_BTD, sin_BTD, seen[window]), checkpoints)
+            else:
+                x_BTH = checkpoint(layer, *inputs, use_reentrant=False)
         if cache is not None:
             cache.length += new
         return self.norm(x_BTH)
+
+    def _begin_checkpoints(self, device: torch.device) -> Checkpoints:
+        if not self.offload_checkpoints or device.type != "cuda":
+            self._host_checkpoints = None
+            return Checkpoints()
+        if self._host_checkpoints is None:
+            self._host_checkpoints = HostCheckpoints(device)
+        self._host_checkpoints.begin()
+        return self._host_checkpoints
 
 
 class CausalLM(nn.Module):
@@ -193,6 +219,7 @@ class CausalLM(nn.Module):
         slab: device memory that holds the weights of a model loaded to a GPU, uint8; else None.
         gradient_checkpointing: when True, training keeps only each layer's input and runs the layer again in
             the backward pass.
+        offload_checkpoints: when True too, these inputs wait in pinned host memory; on a GPU only.
     """
 
     def __init__(self, config: ModelConfig, *, linear: LinearFactory = nn.Linear) -> None:
@@ -214,6 +241,14 @@ class CausalLM(nn.Module):
         self.model.gradient_checkpointing = value
 
     @property
+    def offload_checkpoints(self) -> bool:
+        return self.model.offload_checkpoints
+
+    @offload_checkpoints.setter
+    def offload_checkpoints(self, value: bool) -> None:
+        self.model.offload_checkpoints = value
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype of activations, that of the norms."""
         return self.model.norm.weight.dtype
@@ -228,6 +263,7 @@ class CausalLM(nn.Module):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         cache: KVCache | None = None,
+        segments: Segments | None = None,
     ) -> Tensor:
         """Logits [B, T, V] in the compute dtype.
 
@@ -237,11 +273,13 @@ class CausalLM(nn.Module):
                 stand left or right of a text. None = all real.
             position_ids: int64 [B, T]; None = counted along the real tokens.
             cache: keys and values of earlier tokens, to which these are appended.
+            segments: documents packed into one row, B = 1; each sees itself only and counts from position 0.
+                Instead of attention_mask and cache.
 
         Raises:
             ValueError: a shape does not fit the others.
         """
-        return self.head(self.hidden_states(input_ids, attention_mask, position_ids, cache))
+        return self.head(self.hidden_states(input_ids, attention_mask, position_ids, cache, segments))
 
     def hidden_states(
         self,
@@ -249,9 +287,10 @@ class CausalLM(nn.Module):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         cache: KVCache | None = None,
+        segments: Segments | None = None,
     ) -> Tensor:
         """The residual stream after the final norm, [B, T, H]; arguments as in `forward`."""
-        return self.model(input_ids, attention_mask, position_ids, cache)
+        return self.model(input_ids, attention_mask, position_ids, cache, segments)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden states [..., H]; apart, so that a loss can be taken in chunks."""
@@ -287,10 +326,30 @@ def attention_bias(
     return ((seen & attention_mask.bool()[:, None, :]) | (key == query))[:, None]
 
 
+def _seen(
+    attention_mask: Tensor | None, segments: Segments | None, window: int | None, past: int, x_BTH: Tensor
+) -> Seen:
+    if segments is None:
+        return attention_bias(attention_mask, past, x_BTH.shape[1], window, x_BTH.device)
+    if (window is None or segments.longest <= window) and takes_segments(x_BTH):
+        return segments
+    return segments.mask(window)
+
+
 def _positions(attention_mask: Tensor | None, past: int, new: int, device: torch.device) -> Tensor:
     if attention_mask is None:
         return torch.arange(past, past + new, device=device)[None]
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
+
+
+def _check_packed(
+    input_ids: Tensor, attention_mask: Tensor | None, cache: KVCache | None, segments: Segments
+) -> None:
+    if input_ids.shape[0] != 1 or attention_mask is not None or cache is not None:
+        got = f"{len(input_ids)} rows, {'a' if attention_mask is not None else 'no'} mask"
+        raise ValueError(f"segments: expected one row of tokens without mask and cache, got {got}")
+    if segments.tokens != input_ids.shape[1]:
+        raise ValueError(f"segments: expected {input_ids.shape[1]} tokens, got {segments.tokens}")
 
 
 def _check_shapes(

@@ -2,23 +2,26 @@
 
 Legend: B batch, T length, H hidden size, V vocabulary, N labelled positions, C rows of a chunk. At a
 vocabulary of 128 K the fp32 logits of one token take 513 KB, and as much again for their gradient;
-a chunk bounds both. Losses are sums, so that the caller can divide by the tokens of a whole step
-and accumulation over micro-batches gives what one large batch gives.
+a chunk bounds both, and the gradient takes the place of the logits. Losses are sums, so that the caller
+can divide by the tokens of a whole step and accumulation over micro-batches gives what one large batch gives.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from . import fused
 from .data import IGNORED
 
-# fp32 logits of a chunk: within a CPU's caches, yet enough rows for matrix products
-LOGIT_BYTES = 8 << 20
-CUDA_LOGIT_BYTES = 256 << 20  # a GPU needs hundreds of rows at large vocabularies to be busy
+LOGIT_BYTES = 8 << 20  # logits of a chunk in fp32: within a CPU's caches, yet enough rows for matrix products
+CUDA_LOGIT_BYTES = (
+    256 << 20
+)  # in their own dtype; a GPU needs hundreds of rows at large vocabularies to be busy
 
 Head = Callable[[Tensor], Tensor]
 
@@ -30,7 +33,25 @@ def labelled_positions(hidden_BTH: Tensor, labels_BT: Tensor) -> tuple[Tensor, T
     """
     targets = labels_BT[:, 1:]
     wanted = targets != IGNORED
-    return hidden_BTH[:, :-1][wanted], targets[wanted]
+    batch, length = labels_BT.shape
+    at_BT = torch.arange(batch * length, device=labels_BT.device).view(batch, length)
+    return _Rows.apply(hidden_BTH.flatten(0, 1), at_BT[:, :-1][wanted]), targets[wanted]
+
+
+class _Rows(torch.autograd.Function):
+    """x_MH[rows] of different rows: without that promise, torch's backward sorts them."""
+
+    @staticmethod
+    def forward(ctx: Any, x_MH: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.shape = x_MH.shape
+        return x_MH.index_select(0, rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NH: Tensor) -> tuple[Tensor, None]:
+        (rows,) = ctx.saved_tensors
+        return grad_NH.new_zeros(ctx.shape).index_copy_(0, rows, grad_NH), None
 
 
 def loss_sum(head: Head, hidden_NH: Tensor, targets_N: Tensor, vocab_size: int) -> float:
@@ -38,7 +59,7 @@ def loss_sum(head: Head, hidden_NH: Tensor, targets_N: Tensor, vocab_size: int) 
     total = hidden_NH.new_zeros((), dtype=torch.float64)  # on the device: one wait, at the end
     with torch.no_grad():
         for hidden, targets in _chunks(hidden_NH, targets_N, vocab_size):
-            total += F.cross_entropy(head(hidden).float(), targets, reduction="sum")
+            total += fused.cross_entropy(head(hidden), targets).sum(dtype=torch.float64)
     return total.item()
 
 
@@ -59,24 +80,28 @@ def backward_loss(
         vocab_size: V.
         scale: usually 1 / labelled tokens of the step.
     """
-    leaf = hidden_NH.detach().requires_grad_()
-    gradient = torch.zeros_like(leaf)
+    leaf = hidden_NH.detach()
+    gradient_NH = torch.empty_like(leaf)
     total = leaf.new_zeros((), dtype=torch.float64)
     start = 0
     for hidden, targets in _chunks(leaf, targets_N, vocab_size):
         rows = hidden.detach().requires_grad_()
-        loss = F.cross_entropy(head(rows).float(), targets, reduction="sum")
-        (loss * scale).backward()
-        if rows.grad is not None:
-            gradient[start : start + len(rows)] = rows.grad
+        logits = head(rows)
+        gradient = logits.detach()  # the same memory: no backward of a linear layer reads its output
+        total += fused.cross_entropy(gradient, targets, gradient_scale=scale).sum(dtype=torch.float64)
+        logits.backward(gradient)
+        assert rows.grad is not None
+        gradient_NH[start : start + len(rows)] = rows.grad
         start += len(rows)
-        total += loss.detach()
     if hidden_NH.requires_grad:  # not when only the head is trained
-        hidden_NH.backward(gradient)
+        hidden_NH.backward(gradient_NH)
     return total
 
 
 def _chunks(hidden_NH: Tensor, targets_N: Tensor, vocab_size: int) -> list[tuple[Tensor, Tensor]]:
-    most = CUDA_LOGIT_BYTES if hidden_NH.is_cuda else LOGIT_BYTES
-    rows = max(1, most // (4 * vocab_size))
+    if hidden_NH.is_cuda:
+        rows = CUDA_LOGIT_BYTES // (hidden_NH.element_size() * vocab_size)
+    else:
+        rows = LOGIT_BYTES // (4 * vocab_size)
+    rows = max(1, rows)
     return list(zip(hidden_NH.split(rows), targets_N.split(rows), strict=True))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -48,7 +48,7 @@ def fused_rows(dtype: torch.dtype, columns: int, codes: int) -> int:
 class _Weight(PackedOperand):
     """A packed weight on a GPU, and the kernels over it, in the stream that is current when it is made."""
 
-    def __init__(self, packed: list[Any], rows: int, columns: int, device: torch.device) -> None:
+    def __init__(self, packed: Sequence[Any], rows: int, columns: int, device: torch.device) -> None:
         super().__init__(packed, rows, columns, device)
         self._constants = (self.codes, self.absmax, self.nested_absmax, self.nested_quant_map)
         self._tail = (_is_constant(self.codes), torch.cuda.current_stream(device).cuda_stream)
@@ -58,6 +58,11 @@ class _Weight(PackedOperand):
         """Rows [first, last) into the contiguous `out`, rounded to its dtype."""
         span = (first * self.columns, last * self.columns, out.data_ptr(), DTYPE_CODES[out.dtype])
         kernels().dequantize(*self._constants, self.nested_offset, *span, *self._tail)
+
+    def decode_rows(self, out: Tensor) -> None:
+        """The whole weight into `out` [rows, columns], whose rows may have room between them."""
+        place = (self.rows, self.columns, out.data_ptr(), out.stride(0), DTYPE_CODES[out.dtype])
+        kernels().dequantize_rows(*self._constants, self.nested_offset, *place, *self._tail)
 
     def look_up(self, ids: Tensor, out: Tensor) -> None:
         """Rows `ids`, contiguous int64, into the contiguous `out`."""
@@ -98,6 +103,11 @@ def dequantize(*arguments: Any) -> Tensor:
     with torch.cuda.device(device):
         weight.decode(0, 1, out)
     return out
+
+
+def decode_rows(packed: Sequence[Any], out: Tensor) -> None:
+    """The weight into `out` [rows, columns] on the current device; its rows may have room between them."""
+    _Weight(packed, out.shape[0], out.shape[1], out.device).decode_rows(out)
 
 
 def embedding(ids: Tensor, *arguments: Any) -> Tensor:

@@ -1,0 +1,37 @@
+// What the files that bind kernels to Python share: errors, argument checks, and the function each of them
+// adds to the module nf4._cuda.
+#pragma once
+
+#include <cuda_runtime_api.h>
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+struct CudaFailure {  // becomes nf4._cuda.CudaError
+  std::string call;
+  cudaError_t code;
+};
+
+inline void check(const char* call, int code) {
+  if (code == cudaSuccess) return;
+  cudaGetLastError();  // this module's own copy of the runtime would report it again
+  throw CudaFailure{call, static_cast<cudaError_t>(code)};
+}
+
+template <typename T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+inline void require(bool holds, const char* name, const char* expected, int64_t got) {
+  if (holds) return;
+  throw std::invalid_argument(std::string(name) + ": expected " + expected + ", got " + std::to_string(got));
+}
+
+inline void check_dtype(const char* name, int dtype) {
+  require(dtype >= 0 && dtype <= 2, name, "0 (float32), 1 (bfloat16) or 2 (float16)", dtype);
+}
+
+void bind_training(pybind11::module_& m);  // bindings_training.cpp

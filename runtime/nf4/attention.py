@@ -1,0 +1,94 @@
+"""Scaled-dot-product attention over plain, padded or packed sequences: which tokens see which.
+
+Shapes: B batch, T tokens, N query heads, G key/value heads, D head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Documents laid end to end in one row of tokens, each seeing only itself.
+
+    Attributes:
+        bounds: int32 [documents + 1], from 0 to the number of tokens; on the tokens' device.
+        longest: tokens of the longest document.
+        tokens: of all of them.
+    """
+
+    bounds: Tensor
+    longest: int
+    tokens: int
+
+    @staticmethod
+    def of(lengths: list[int], device: torch.device | str = "cpu") -> Segments:
+        """Segments of documents of these lengths, in order."""
+        bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        return Segments(bounds.to(device), max(lengths), sum(lengths))
+
+    def to(self, device: torch.device) -> Segments:
+        """The same on a device."""
+        return Segments(self.bounds.to(device), self.longest, self.tokens)
+
+    def positions(self) -> Tensor:
+        """Position of each token in its own document, int64 [1, T]."""
+        index = torch.arange(self.tokens, device=self.bounds.device)
+        return (index - self.bounds[self._documents()])[None]
+
+    def mask(self, window: int | None) -> Tensor:
+        """Who sees whom, bool [1, 1, T, T]: earlier tokens of the document, the last `window` of them."""
+        index = torch.arange(self.tokens, device=self.bounds.device)
+        document = self._documents()
+        seen = (index <= index[:, None]) & (document == document[:, None])
+        if window is not None:
+            seen &= index > index[:, None] - window
+        return seen[None, None]
+
+    def _documents(self) -> Tensor:
+        """Which document each token belongs to, int64 [T]."""
+        index = torch.arange(self.tokens, device=self.bounds.device, dtype=torch.int32)
+        return torch.bucketize(index, self.bounds, right=True) - 1
+
+
+# Who sees whom: a mask, bool [B or 1, 1, T, S]; segments, where `takes_segments` holds; or None.
+Seen: TypeAlias = Tensor | Segments | None
+
+
+def rotate(x_BNTD: Tensor, cos_BTD: Tensor, sin_BTD: Tensor) -> Tensor:
+    """Rotary position embedding of heads; pairs are (d, d + D/2), as in Hugging Face checkpoints."""
+    first, second = x_BNTD.chunk(2, dim=-1)
+    return x_BNTD * cos_BTD[:, None] + torch.cat((-second, first), dim=-1) * sin_BTD[:, None]
+
+
+def attend(q_BNTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, seen: Seen) -> Tensor:
+    """[B, N, T, D]. Without a mask or segments: causal, or one query that sees all keys."""
+    if isinstance(seen, Segments):
+        return _attend_packed(q_BNTD, k_BGSD, v_BGSD, seen)
+    is_grouped = q_BNTD.shape[1] != k_BGSD.shape[1]
+    # Without a mask the keys are exactly the queries' own tokens, or one query sees them all.
+    is_causal = seen is None and q_BNTD.shape[2] > 1
+    return F.scaled_dot_product_attention(
+        q_BNTD, k_BGSD, v_BGSD, attn_mask=seen, is_causal=is_causal, enable_gqa=is_grouped
+    )
+
+
+def takes_segments(x: Tensor) -> bool:
+    """Whether attention in x's dtype on its device goes document by document; elsewhere a mask does it."""
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+
+
+def _attend_packed(q_1NTD: Tensor, k_1GTD: Tensor, v_1GTD: Tensor, segments: Segments) -> Tensor:
+    q, k, v = (x[0].transpose(0, 1) for x in (q_1NTD, k_1GTD, v_1GTD))
+    bounds, longest = segments.bounds, segments.longest
+    # The variable-length form of FlashAttention 2 (arXiv 2307.08691) that torch carries, with its gradient.
+    attended, *_ = torch.ops.aten._flash_attention_forward(
+        q, k, v, bounds, bounds, longest, longest, 0.0, True, False
+    )
+    return attended.transpose(0, 1)[None]

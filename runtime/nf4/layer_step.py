@@ -1,0 +1,292 @@
+"""A decoder layer's training step by hand: forward keeps the layer's input, backward computes the rest again.
+
+What autograd cannot do by itself, and this does:
+
+* The weights decoded for the recomputation serve the gradients too: two decodings a step, not three.
+* The last product of a layer is not computed again, as nothing in backward needs it.
+* The MLP goes by blocks of rows, forward and backward, so its wide activations exist for a block at a time.
+* LoRA rides along in the large products (shared_input), and norms, rotation and SwiGLU run fused (fused).
+
+Shapes: B batch, T tokens, M = B * T rows, H hidden, N query heads, G key/value heads, D head size. Gradients
+carry the name of what they belong to: grad_x is that of x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from . import fused
+from .attention import Seen, attend, rotate
+from .shared_input import SharedInput, can_share
+
+if TYPE_CHECKING:
+    from .checkpoints import Checkpoints
+    from .decoder import DecoderLayer
+
+ROWS = 2048  # of an MLP block: enough for full matrix products, little beside the weights
+
+
+def can_step(layer: DecoderLayer) -> bool:
+    """Whether this layer can go by `checkpointed`: nothing but LoRA trains, and without dropout."""
+    attention, mlp = layer.self_attn, layer.mlp
+    linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+    linears += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    norms = [layer.input_layernorm, layer.post_attention_layernorm]
+    norms += [attention.q_norm, attention.k_norm] if attention.has_qk_norm else []
+    return can_share(linears) and not any(norm.weight.requires_grad for norm in norms)
+
+
+def checkpointed(x_BTH: Tensor, step: LayerStep, checkpoints: Checkpoints) -> Tensor:
+    """The layer's output, with gradients for x and the layer's adapters."""
+    return _CheckpointedLayer.apply(x_BTH, step, checkpoints, *step.parameters)
+
+
+class _CheckpointedLayer(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_BTH: Tensor, step: LayerStep, checkpoints: Checkpoints, *parameters: Tensor
+    ) -> Tensor:
+        x_BTH = x_BTH.contiguous()
+        ctx.step, ctx.kept = step, None
+        if any(ctx.needs_input_grad):
+            ctx.kept = checkpoints.keep(x_BTH)
+        with torch.cuda.device_of(x_BTH):
+            return step.forward(x_BTH)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BTH: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.cuda.device_of(grad_BTH):
+            grad_x, gradients = ctx.step.backward(
+                ctx.kept.take(), grad_BTH.contiguous(), wants_grad_x=ctx.needs_input_grad[0]
+            )
+        return grad_x, None, None, *gradients
+
+
+class LayerStep:
+    """One layer in one pass over one micro-batch.
+
+    Args:
+        layer: `can_step` of it.
+        cos_PTD, sin_PTD: rotary table, P = 1 or B.
+        seen: as `attention.attend` takes it.
+
+    Attributes:
+        parameters: what trains, in the order of the gradients.
+    """
+
+    def __init__(self, layer: DecoderLayer, cos_PTD: Tensor, sin_PTD: Tensor, seen: Seen) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self._layer, self._attention = layer, attention
+        self._cos_PTD, self._sin_PTD = cos_PTD, sin_PTD
+        self._seen = seen
+        self._qkv = SharedInput((attention.q_proj, attention.k_proj, attention.v_proj))
+        self._o = SharedInput((attention.o_proj,))
+        self._gate_up = SharedInput((mlp.gate_proj, mlp.up_proj))
+        self._down = SharedInput((mlp.down_proj,))
+        self._hidden = self._qkv.inputs
+        groups = (self._qkv, self._o, self._gate_up, self._down)
+        self.parameters = [p for group in groups for p in group.parameters]
+
+    def forward(self, x_BTH: Tensor) -> Tensor:
+        """The layer's output; nothing is kept."""
+        x_MH = x_BTH.flatten(0, 1)
+        heads_MW, _ = self._project_heads(x_MH, self._qkv.matrix(x_MH))
+        attended_BNTD = self._attend(*self._heads(heads_MW, x_BTH))
+        del heads_MW
+        y_MH, _ = self._project_attended(attended_BNTD, self._o.matrix(x_MH))
+        del attended_BNTD
+
+        gate_up, down = self._gate_up.matrix(x_MH), self._down.matrix(x_MH)
+        for rows, block in self._blocks(x_MH, backward=False):
+            self._norm_middle(x_MH[rows], y_MH[rows], block.normed)
+            self._gate_up.thin(gate_up, block.normed_ML)
+            self._gate_up.project(gate_up, block.normed_ML, out=block.both)
+            fused.swiglu(block.both, out=block.inner)
+            self._down.thin(down, block.inner_ML)
+            self._down.project(down, block.inner_ML, out=y_MH[rows], add=True)
+        return y_MH.view(x_BTH.shape)
+
+    def backward(
+        self, x_BTH: Tensor, grad_BTH: Tensor, *, wants_grad_x: bool
+    ) -> tuple[Tensor | None, list[Tensor]]:
+        """Gradients of x and of `parameters`, from the layer's input and its output's gradient."""
+        x_MH, grad_y_MH = x_BTH.flatten(0, 1), grad_BTH.flatten(0, 1)
+        qkv, o = self._qkv.matrix(x_MH), self._o.matrix(x_MH)
+        heads_MW, thin_qkv = self._project_heads(x_MH, qkv)
+        leaves = [head.detach().requires_grad_() for head in self._heads(heads_MW, x_BTH)]
+        with torch.enable_grad():
+            attended_BNTD = self._attend(*leaves)
+        del heads_MW
+        middle_MH, thin_o = self._project_attended(attended_BNTD.detach(), o)
+
+        grad_middle_ML, mlp_gradients = self._mlp_backward(x_MH, middle_MH, grad_y_MH)
+        del middle_MH
+
+        self._o.thin_back(o, grad_middle_ML)
+        o_gradients = self._o.new_gradients()
+        self._o.put_gradients(o_gradients, _side_by_side(attended_BNTD), thin_o, grad_middle_ML, add=False)
+        grad_attended_BTND = self._o.project_back(o, grad_middle_ML).view(
+            *x_BTH.shape[:2], -1, self._attention.head_dim
+        )
+        grads = torch.autograd.grad(attended_BNTD, leaves, grad_attended_BTND.transpose(1, 2))
+        del attended_BNTD, grad_attended_BTND, leaves
+
+        grad_heads_ML = self._merge_heads(grads)
+        del grads
+        self._qkv.thin_back(qkv, grad_heads_ML)
+        normed_MH = torch.empty_like(x_MH)
+        self._norm_input(x_MH, normed_MH)
+        qkv_gradients = self._qkv.new_gradients()
+        self._qkv.put_gradients(qkv_gradients, normed_MH, thin_qkv, grad_heads_ML, add=False)
+        gradients = [*qkv_gradients, *o_gradients, *mlp_gradients]
+        if not wants_grad_x:
+            return None, gradients
+        grad_x_MH = self._qkv.project_back(qkv, grad_heads_ML, out=normed_MH)
+        norm, passed = self._layer.input_layernorm, grad_middle_ML[:, : self._hidden]
+        fused.rms_norm_backward(grad_x_MH, x_MH, norm.weight, norm.eps, passed=passed, out=grad_x_MH)
+        return grad_x_MH.view(x_BTH.shape), gradients
+
+    def _mlp_backward(
+        self, x_MH: Tensor, attended_MH: Tensor, grad_y_MH: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Gradient of the residual stream in front of the MLP, with room for o_proj's adapter; the MLP's own.
+
+        attended_MH is what attention adds to the residual stream; it becomes the sum of both.
+        """
+        gate_up, down = self._gate_up.matrix(x_MH), self._down.matrix(x_MH)
+        gate_up_gradients, down_gradients = self._gate_up.new_gradients(), self._down.new_gradients()
+        grad_middle_ML = x_MH.new_empty(len(x_MH), self._hidden + self._o.room)
+        norm = self._layer.post_attention_layernorm
+        for rows, block in self._blocks(x_MH, backward=True):
+            add = rows.start > 0
+            middle_MH = attended_MH[rows]
+            self._norm_middle(x_MH[rows], middle_MH, block.normed)
+            self._gate_up.thin(gate_up, block.normed_ML)
+            self._gate_up.project(gate_up, block.normed_ML, out=block.both)
+            fused.swiglu(block.both, out=block.inner)
+            self._down.thin(down, block.inner_ML)
+
+            block.grad_y.copy_(grad_y_MH[rows])
+            self._down.thin_back(down, block.grad_y_ML)
+            thin = block.inner_ML[:, self._down.inputs :]
+            self._down.put_gradients(down_gradients, block.inner, thin, block.grad_y_ML, add=add)
+            self._down.project_back(down, block.grad_y_ML, out=block.inner)
+            fused.swiglu_backward(block.both, block.inner)
+            self._gate_up.thin_back(gate_up, block.both_ML)
+            thin = block.normed_ML[:, self._hidden :]
+            self._gate_up.put_gradients(gate_up_gradients, block.normed, thin, block.both_ML, add=add)
+            self._gate_up.project_back(gate_up, block.both_ML, out=block.normed)
+            fused.rms_norm_backward(
+                block.normed,
+                middle_MH,
+                norm.weight,
+                norm.eps,
+                passed=grad_y_MH[rows],
+                out=grad_middle_ML[rows, : self._hidden],
+            )
+        return grad_middle_ML, [*gate_up_gradients, *down_gradients]
+
+    def _blocks(self, x_MH: Tensor, *, backward: bool) -> Iterator[tuple[slice, _Block]]:
+        """Blocks of at most ROWS rows, all in the same buffers."""
+        widths = (
+            (self._hidden, self._gate_up.room),
+            (self._gate_up.outputs, self._gate_up.room),
+            (self._down.inputs, self._down.room),
+            (self._hidden, self._down.room) if backward else (0, 0),
+        )
+        most = min(ROWS, len(x_MH))
+        buffers = [x_MH.new_empty(most, width + room) for width, room in widths]
+        for first in range(0, len(x_MH), ROWS):
+            rows = slice(first, min(first + ROWS, len(x_MH)))
+            with_room = [buffer[: rows.stop - first] for buffer in buffers]
+            alone = [buffer[:, :width] for buffer, (width, _) in zip(with_room, widths, strict=True)]
+            yield rows, _Block(*with_room, *alone)
+
+    def _norm_input(self, x_MH: Tensor, out: Tensor) -> None:
+        norm = self._layer.input_layernorm
+        fused.rms_norm(x_MH, norm.weight, norm.eps, out=out)
+
+    def _norm_middle(self, x_MH: Tensor, attended_MH: Tensor, out: Tensor) -> None:
+        """Adds x to what attention gave, in place, and norms the sum."""
+        norm = self._layer.post_attention_layernorm
+        fused.rms_norm(x_MH, norm.weight, norm.eps, out=out, residual=attended_MH)
+
+    def _project_heads(self, x_MH: Tensor, qkv: Tensor) -> tuple[Tensor, Tensor]:
+        """Query, key and value heads in a row, rotated; and the thin product."""
+        normed_ML = x_MH.new_empty(len(x_MH), self._hidden + self._qkv.room)
+        self._norm_input(x_MH, normed_ML[:, : self._hidden])
+        self._qkv.thin(qkv, normed_ML)
+        heads_MW = x_MH.new_empty(len(x_MH), self._qkv.outputs)
+        self._qkv.project(qkv, normed_ML, out=heads_MW)
+        if not self._attention.has_qk_norm:
+            rotated = self._qkv.outputs - self._width(self._attention.v_proj)
+            fused.rotate(heads_MW[:, :rotated], *self._table())
+        return heads_MW, normed_ML[:, self._hidden :].clone()
+
+    def _heads(self, heads_MW: Tensor, x_BTH: Tensor) -> Sequence[Tensor]:
+        """q [B, N, T, D], k and v [B, G, T, D], views."""
+        size = self._attention.head_dim
+        key_heads = self._width(self._attention.v_proj) // size
+        heads_BNTD = heads_MW.view(*x_BTH.shape[:2], -1, size).transpose(1, 2)
+        return heads_BNTD.split([heads_BNTD.shape[1] - 2 * key_heads, key_heads, key_heads], dim=1)
+
+    def _attend(self, q_BNTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor) -> Tensor:
+        if self._attention.has_qk_norm:
+            q_BNTD, k_BGTD = self._attention.q_norm(q_BNTD), self._attention.k_norm(k_BGTD)
+            q_BNTD, k_BGTD = (rotate(x, self._cos_PTD, self._sin_PTD) for x in (q_BNTD, k_BGTD))
+        return attend(q_BNTD, k_BGTD, v_BGTD, self._seen)
+
+    def _project_attended(self, attended_BNTD: Tensor, o: Tensor) -> tuple[Tensor, Tensor]:
+        """What attention adds to the residual stream, and the thin product."""
+        attended_MA = _side_by_side(attended_BNTD)
+        attended_ML = attended_MA.new_empty(len(attended_MA), self._o.inputs + self._o.room)
+        attended_ML[:, : self._o.inputs] = attended_MA
+        self._o.thin(o, attended_ML)
+        projected_MH = attended_MA.new_empty(len(attended_MA), self._hidden)
+        self._o.project(o, attended_ML, out=projected_MH)
+        return projected_MH, attended_ML[:, self._o.inputs :].clone()
+
+    def _merge_heads(self, grads: Sequence[Tensor]) -> Tensor:
+        """Gradients of q, k and v side by side as they were before the rotation, and room behind them."""
+        first, rows = 0, grads[0].shape[0] * grads[0].shape[2]
+        merged_ML = grads[0].new_empty(rows, self._qkv.outputs + self._qkv.room)
+        for i, grad_BNTD in enumerate(grads):
+            grad = _side_by_side(grad_BNTD)
+            place = merged_ML[:, first : first + grad.shape[1]]
+            if i < 2 and not self._attention.has_qk_norm:
+                fused.rotate(grad, *self._table(), out=place, backward=True)
+            else:
+                place.copy_(grad)
+            first += grad.shape[1]
+        return merged_ML
+
+    def _table(self) -> tuple[Tensor, Tensor]:
+        return self._cos_PTD.flatten(0, 1), self._sin_PTD.flatten(0, 1)
+
+    @staticmethod
+    def _width(layer: nn.Module) -> int:
+        return int(layer.out_features)  # type: ignore[arg-type]
+
+
+class _Block(NamedTuple):
+    """Buffers of one block of rows of the MLP; those in ML have room behind them for a thin product."""
+
+    normed_ML: Tensor
+    both_ML: Tensor  # gate and up
+    inner_ML: Tensor
+    grad_y_ML: Tensor
+    normed: Tensor
+    both: Tensor
+    inner: Tensor
+    grad_y: Tensor
+
+
+def _side_by_side(heads_BNTD: Tensor) -> Tensor:
+    """[B, N, T, D] as [B * T, N * D]; a view where memory has the tokens outermost, as attention has it."""
+    return heads_BNTD.detach().transpose(1, 2).flatten(2).flatten(0, 1)
