@@ -131,6 +131,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("adamw", &adamw, "parameter"_a, "parameter_dtype"_a, "gradient"_a, "gradient_dtype"_a, "exp_avg"_a,
         "exp_avg_sq"_a, "count"_a, "lr"_a, "beta1"_a, "beta2"_a, "eps"_a, "weight_decay"_a, "step"_a,
         "gradient_factor"_a, "stream"_a);
+  bind_group(m);
   bind_training(m);
   m.def("driver_version", &driver_version);
   m.def("build_info", &build_info);

@@ -94,6 +94,13 @@ def linear(
     and codes at multiples of 16 bytes; the rest goes through a slow one.
     """
 
+Weight = tuple[int, int, int, int, float, int, int]  # the first five of linear, n, out
+
+def linear_group(
+    x: int, dtype: int, m: int, k: int, weights: list[Weight], overlap: bool, stream: int
+) -> bool:
+    """`linear` of one x with up to 4 weights in one launch of the fast kernel; False where it cannot run."""
+
 def rms_norm(
     x: int,
     x_stride: int,
@@ -149,7 +156,8 @@ def rotary(
     stream: int,
 ) -> None:
     """y = heads [rows, heads * head_size] of x, rotated by the angles in row r % table_rows of the tables, of
-    which the first head_size / 2 columns are read; backward: by their negatives. Pairs are (d, d + head_size / 2).
+    which the first head_size / 2 columns are read; backward: by their negatives.
+    Pairs are (d, d + head_size / 2).
     """
 
 def swiglu(
@@ -179,8 +187,9 @@ def cross_entropy(
     dtype: int,
     stream: int,
 ) -> None:
-    """losses (float32) = negative log-likelihoods of targets (int64) under logits [rows, size]; with gradient,
-    the gradient of scale times their sum takes the logits' place. A target outside of the row gives NaN.
+    """losses (float32) = negative log-likelihoods of targets (int64) under logits [rows, size]. With
+    gradient, the gradient of scale times their sum takes the logits' place. A target outside of
+    the row gives NaN.
     """
 
 Adapter = tuple[int, int, int, int, int, int, float]  # a, b, first row, rows, first rank, rank, scaling

@@ -23,6 +23,7 @@ from .cache import KVCache
 from .checkpoints import Checkpoints, HostCheckpoints
 from .config import ModelConfig
 from .layer_step import LayerStep, can_step, checkpointed
+from .linear import project
 
 if TYPE_CHECKING:
     from nf4format.container import Nf4File
@@ -87,12 +88,13 @@ class Attention(nn.Module):
         cache: KVCache | None = None,
     ) -> Tensor:
         heads = (*x_BTH.shape[:-1], -1, self.head_dim)
-        q_BTND, k_BTGD = self.q_proj(x_BTH).view(heads), self.k_proj(x_BTH).view(heads)
+        projected = project((self.q_proj, self.k_proj, self.v_proj), x_BTH)
+        q_BTND, k_BTGD, v_BTGD = (projection.view(heads) for projection in projected)
         if self.has_qk_norm:
             q_BTND, k_BTGD = self.q_norm(q_BTND), self.k_norm(k_BTGD)
         q_BNTD = rotate(q_BTND.transpose(1, 2), cos_BTD, sin_BTD)
         k_BGSD = rotate(k_BTGD.transpose(1, 2), cos_BTD, sin_BTD)
-        v_BGSD = self.v_proj(x_BTH).view(heads).transpose(1, 2)
+        v_BGSD = v_BTGD.transpose(1, 2)
         if cache is not None:
             k_BGSD, v_BGSD = cache.append(self.layer, k_BGSD, v_BGSD)
         attended = attend(q_BNTD, k_BGSD, v_BGSD, seen)
@@ -109,7 +111,8 @@ class MLP(nn.Module):
         self.down_proj = linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x_BTH: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_BTH)) * self.up_proj(x_BTH))
+        gate, up = project((self.gate_proj, self.up_proj), x_BTH)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class DecoderLayer(nn.Module):

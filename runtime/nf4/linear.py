@@ -6,7 +6,7 @@ buffers, never parameters: no optimizer and no `requires_grad_` reaches them. Gr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -100,6 +100,20 @@ class NF4Linear(_PackedLayer):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         )
+
+
+def project(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
+    """Each layer's output of one x: q/k/v, or gate and up.
+
+    On a GPU without gradients packed layers go together, in one launch where x has few rows; the values are
+    those of separate calls.
+    """
+    packed = [layer for layer in layers if isinstance(layer, NF4Linear) and layer.bias is None]
+    if len(packed) < len(layers) or not x.is_cuda or (x.requires_grad and torch.is_grad_enabled()):
+        return [layer(x) for layer in layers]
+    tensors = [tensor for layer in packed for tensor in layer.packed()[:-1]]
+    offsets, features = [layer.nested_offset for layer in packed], [layer.out_features for layer in packed]
+    return list(torch.ops.nf4.linear_group(x, tensors, offsets, features))
 
 
 class NF4Embedding(_PackedLayer):

@@ -3,10 +3,11 @@
     nf4::dequantize(packed..., shape, dtype)              -> W
     nf4::embedding(ids, packed..., rows, width, dtype)    -> W[ids]      [...] -> [..., width]
     nf4::linear(x, packed..., out_features)               -> x @ W.T     [..., K] -> [..., N]
+    nf4::linear_group(x, packed[], offsets[], out_features[]) -> x @ W_i.T for several weights; no gradient
     nf4::linear_input_grad(grad, packed..., in_features)  -> grad @ W    [..., N] -> [..., K]
 
 `packed...` stands for codes, absmax, quant_map, nested_absmax, nested_quant_map, nested_offset of a weight
-W [N, K], as `nf4format.blocks` describes them. All four have fake implementations (torch.compile, meta
+W [N, K], as `nf4format.blocks` describes them. All have fake implementations (torch.compile, meta
 tensors); nf4::linear has a gradient for x, which decodes again, and none for the weight.
 
 What runs on which device: `ops_cpu`, `ops_cuda`. All tensors of a call lie on one device, and the result too.
@@ -34,6 +35,7 @@ for _schema in (
     f"dequantize({_PACKED}, SymInt[] shape, ScalarType dtype) -> Tensor",
     f"embedding(Tensor ids, {_PACKED}, SymInt rows, SymInt width, ScalarType dtype) -> Tensor",
     f"linear(Tensor x, {_PACKED}, SymInt out_features) -> Tensor",
+    "linear_group(Tensor x, Tensor[] packed, float[] nested_offsets, SymInt[] out_features) -> Tensor[]",
     f"linear_input_grad(Tensor grad, {_PACKED}, SymInt in_features) -> Tensor",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -51,6 +53,12 @@ def _fake_embedding(ids: Tensor, *arguments: Any) -> Tensor:
 
 def _fake_linear(x: Tensor, *arguments: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], arguments[-1]))
+
+
+def _fake_linear_group(
+    x: Tensor, packed: list[Tensor], nested_offsets: list[float], out_features: list[int]
+) -> list[Tensor]:
+    return [x.new_empty((*x.shape[:-1], features)) for features in out_features]
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -76,6 +84,7 @@ for _name, _fake in (
     ("dequantize", _fake_dequantize),
     ("embedding", _fake_embedding),
     ("linear", _fake_linear),
+    ("linear_group", _fake_linear_group),
     ("linear_input_grad", _fake_linear),
 ):
     _library.impl(_name, getattr(ops_cpu, _name), "CPU")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -117,6 +117,13 @@ def linear(x: Tensor, *arguments: Any) -> Tensor:
             else:
                 y_MN[:, first:last] = x_MK @ panel.T
     return y_MN.view(*x.shape[:-1], out_features)
+
+
+def linear_group(
+    x: Tensor, packed: Sequence[Tensor], nested_offsets: Sequence[float], out_features: Sequence[int]
+) -> list[Tensor]:
+    parts = zip(nested_offsets, out_features, strict=True)
+    return [linear(x, *packed[5 * i : 5 * i + 5], *part) for i, part in enumerate(parts)]
 
 
 def linear_input_grad(grad: Tensor, *arguments: Any) -> Tensor:

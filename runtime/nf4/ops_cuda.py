@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 # Up to how many rows the fused product is the faster way. 16-bit: it takes 16 rows at a time, and on an H200
 # three times that still costs less than decoding and cuBLAS at most sizes; four times does not.
 FUSED_ROWS = {torch.bfloat16: 48, torch.float16: 48, torch.float32: 8}
+MOST_WEIGHTS = 4  # of one launch, as in csrc/cuda/launchers.h
 SLOW_FUSED_ROWS = 8  # where only the kernel for any shape can run
 WORKSPACE_BYTES = 512 << 20  # at most, unless one row takes more; larger weights go by panels of rows
 
@@ -51,30 +52,34 @@ class _Weight(PackedOperand):
     def __init__(self, packed: Sequence[Any], rows: int, columns: int, device: torch.device) -> None:
         super().__init__(packed, rows, columns, device)
         self._constants = (self.codes, self.absmax, self.nested_absmax, self.nested_quant_map)
-        self._tail = (_is_constant(self.codes), torch.cuda.current_stream(device).cuda_stream)
+        self.tail = (_is_constant(self.codes), torch.cuda.current_stream(device).cuda_stream)
         self._device = device
 
     def decode(self, first: int, last: int, out: Tensor) -> None:
         """Rows [first, last) into the contiguous `out`, rounded to its dtype."""
         span = (first * self.columns, last * self.columns, out.data_ptr(), DTYPE_CODES[out.dtype])
-        kernels().dequantize(*self._constants, self.nested_offset, *span, *self._tail)
+        kernels().dequantize(*self._constants, self.nested_offset, *span, *self.tail)
 
     def decode_rows(self, out: Tensor) -> None:
         """The whole weight into `out` [rows, columns], whose rows may have room between them."""
         place = (self.rows, self.columns, out.data_ptr(), out.stride(0), DTYPE_CODES[out.dtype])
-        kernels().dequantize_rows(*self._constants, self.nested_offset, *place, *self._tail)
+        kernels().dequantize_rows(*self._constants, self.nested_offset, *place, *self.tail)
 
     def look_up(self, ids: Tensor, out: Tensor) -> None:
         """Rows `ids`, contiguous int64, into the contiguous `out`."""
         table = (ids.data_ptr(), ids.numel(), self.rows, self.columns)
         where = (out.data_ptr(), DTYPE_CODES[out.dtype])
-        kernels().embedding(*self._constants, self.nested_offset, *table, *where, *self._tail)
+        kernels().embedding(*self._constants, self.nested_offset, *table, *where, *self.tail)
 
     def multiply(self, x_MK: Tensor, y_MN: Tensor) -> None:
         """y = x @ W.T, straight from the codes."""
         x = (x_MK.data_ptr(), DTYPE_CODES[x_MK.dtype], x_MK.shape[0])
         sizes = (self.rows, self.columns)
-        kernels().linear(*x, *self._constants, self.nested_offset, *sizes, 0, y_MN.data_ptr(), *self._tail)
+        kernels().linear(*x, *self._constants, self.nested_offset, *sizes, 0, y_MN.data_ptr(), *self.tail)
+
+    def together(self, y_MN: Tensor) -> tuple[int, int, int, int, float, int, int]:
+        """This weight as one of `_cuda.linear_group`'s."""
+        return (*self._constants, self.nested_offset, self.rows, y_MN.data_ptr())
 
     @contextmanager
     def panels(self, dtype: torch.dtype) -> Iterator[Iterator[tuple[int, int, Tensor]]]:
@@ -84,7 +89,7 @@ class _Weight(PackedOperand):
         """
         most = max(1, WORKSPACE_BYTES // (self.columns * dtype.itemsize))
         height = math.ceil(self.rows / math.ceil(self.rows / most))
-        with _workspace(height * self.columns, dtype, self._device, self._tail[1]) as workspace:
+        with _workspace(height * self.columns, dtype, self._device, self.tail[1]) as workspace:
             yield self._decoded_panels(workspace, height)
 
     def _decoded_panels(self, workspace: Tensor, height: int) -> Iterator[tuple[int, int, Tensor]]:
@@ -93,6 +98,16 @@ class _Weight(PackedOperand):
             panel = workspace[: (last - first) * self.columns].view(last - first, self.columns)
             self.decode(first, last, panel)
             yield first, last, panel
+
+
+def _multiply_together(weights: list[_Weight], x_MK: Tensor, outputs: list[Tensor]) -> bool:
+    """outputs = x @ W.T of every weight, in one launch; False where that cannot be."""
+    if len(weights) > MOST_WEIGHTS:
+        return False
+    parts = [weight.together(y_MN) for weight, y_MN in zip(weights, outputs, strict=True)]
+    are_constant = all(weight.tail[0] for weight in weights)
+    x = (x_MK.data_ptr(), DTYPE_CODES[x_MK.dtype], *x_MK.shape)
+    return kernels().linear_group(*x, parts, are_constant, weights[0].tail[1])
 
 
 def dequantize(*arguments: Any) -> Tensor:
@@ -134,6 +149,23 @@ def linear(x: Tensor, *arguments: Any) -> Tensor:
                 for first, last, panel in panels:
                     torch.mm(x_MK, panel.T, out=y_MN[:, first:last])
     return y_MN.view(*x.shape[:-1], out_features)
+
+
+def linear_group(
+    x: Tensor, packed: Sequence[Tensor], nested_offsets: Sequence[float], out_features: Sequence[int]
+) -> list[Tensor]:
+    parts = [(*packed[5 * i : 5 * i + 5], offset) for i, offset in enumerate(nested_offsets)]
+    sizes = zip(parts, out_features, strict=True)
+    weights = [_Weight(part, rows, x.shape[-1], x.device) for part, rows in sizes]
+    x_MK = matrix("x", x)
+    few = min(fused_rows(x.dtype, weight.columns, weight.codes) for weight in weights)
+    if x.dtype == torch.float32 or not 0 < x_MK.shape[0] <= few:
+        return [linear(x, *part, rows) for part, rows in zip(parts, out_features, strict=True)]
+    outputs = [x_MK.new_empty(x_MK.shape[0], weight.rows) for weight in weights]
+    with torch.cuda.device(x.device):
+        if not _multiply_together(weights, x_MK, outputs):
+            return [linear(x, *part, rows) for part, rows in zip(parts, out_features, strict=True)]
+    return [y_MN.view(*x.shape[:-1], y_MN.shape[1]) for y_MN in outputs]
 
 
 def linear_input_grad(grad: Tensor, *arguments: Any) -> Tensor:

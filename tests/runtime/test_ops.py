@@ -86,6 +86,8 @@ def test_torch_library_checks():
         torch.library.opcheck(torch.ops.nf4.linear.default, (x, *layer.packed(), 50))
         grad = torch.randn(rows, 50)
         torch.library.opcheck(torch.ops.nf4.linear_input_grad.default, (grad, *layer.packed(), 37))
+    group = ([*layer.packed()[:-1]] * 2, [layer.nested_offset] * 2, [50, 50])
+    torch.library.opcheck(torch.ops.nf4.linear_group.default, (torch.randn(3, 37), *group))
     torch.library.opcheck(torch.ops.nf4.dequantize.default, (*layer.packed(), (50, 37), torch.float16))
     ids = torch.tensor([[3, 3, 19]])
     torch.library.opcheck(torch.ops.nf4.embedding.default, (ids, *table.packed(), 20, 8, torch.bfloat16))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nf4 import ops_cuda
-from nf4.linear import KeptLinear, NF4Embedding, NF4Linear
+from nf4.linear import KeptLinear, NF4Embedding, NF4Linear, project
 from nf4format import reference
 from nf4format.blocks import PackedTensor, quantize
 
@@ -156,3 +156,18 @@ def test_kept_linear_of_another_dtype():
     y.sum().backward()
     assert relative_error(y.detach(), x.detach().double() @ weight.double().cuda().T) < 1e-6
     assert relative_error(x.grad, weight.double().cuda().sum(0).expand(20, 37)) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [0, 1, 7, 40, 70])
+def test_several_weights_of_one_input_give_the_bits_of_each_alone(rows, dtype):
+    for width in (128, 100):
+        layers = [NF4Linear(packed_weight(height, width, height)).cuda() for height in (96, 33, 17)]
+        x = torch.randn(rows, width, device="cuda").to(dtype)
+        alone = [layer(x) for layer in layers]
+        assert all(map(torch.equal, project(layers, x), alone))
+        tensors = [tensor for layer in layers for tensor in layer.packed()[:-1]]
+        arguments = (x, tensors, [layer.nested_offset for layer in layers], [96, 33, 17])
+        torch.library.opcheck(torch.ops.nf4.linear_group.default, arguments)
+        wants = [y.requires_grad for y in project(layers, x.requires_grad_())]
+        assert wants == [True] * 3
