@@ -22,7 +22,7 @@ from .attention import Seen, Segments, attend, rotate, takes_segments
 from .cache import KVCache
 from .checkpoints import Checkpoints, HostCheckpoints
 from .config import ModelConfig
-from .layer_step import LayerStep, can_step, checkpointed
+from .layer_step import Context, LayerStep, can_step, checkpointed
 from .linear import project
 
 if TYPE_CHECKING:
@@ -153,6 +153,7 @@ class Decoder(nn.Module):
         self.gradient_checkpointing = False
         self.offload_checkpoints = False
         self._host_checkpoints: HostCheckpoints | None = None
+        self._steps: dict[int, LayerStep] = {}
 
     def forward(
         self,
@@ -185,18 +186,24 @@ class Decoder(nn.Module):
         }
         saves_memory = self.gradient_checkpointing and torch.is_grad_enabled() and cache is None
         checkpoints = self._begin_checkpoints(x_BTH.device)
-        for layer, window in zip(self.layers, self.layer_windows, strict=True):
+        for i, (layer, window) in enumerate(zip(self.layers, self.layer_windows, strict=True)):
             assert isinstance(layer, DecoderLayer)
-            inputs = (x_BTH, cos_BTD, sin_BTD, seen[window], cache)
+            context = Context(cos_BTD, sin_BTD, seen[window])
             if not saves_memory:
-                x_BTH = layer(*inputs)
+                x_BTH = layer(x_BTH, *context, cache)
             elif x_BTH.is_cuda and can_step(layer):
-                x_BTH = checkpointed(x_BTH, LayerStep(layer, cos_BTD, sin_BTD, seen[window]), checkpoints)
+                x_BTH = checkpointed(x_BTH, self._step(i, layer), context, checkpoints)
             else:
-                x_BTH = checkpoint(layer, *inputs, use_reentrant=False)
+                x_BTH = checkpoint(layer, x_BTH, *context, use_reentrant=False)
         if cache is not None:
             cache.length += new
         return self.norm(x_BTH)
+
+    def _step(self, index: int, layer: DecoderLayer) -> LayerStep:
+        known = self._steps.get(index)
+        if known is None or not known.is_of(layer):
+            known = self._steps[index] = LayerStep(layer)
+        return known
 
     def _begin_checkpoints(self, device: torch.device) -> Checkpoints:
         if not self.offload_checkpoints or device.type != "cuda":

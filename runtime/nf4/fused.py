@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .operands import DTYPE_CODES
-from .ops_cuda import kernels
+from .ops_cuda import kernels, stream_of
 
 
 def rms_norm(
@@ -114,7 +114,7 @@ def _rows(matrix: Tensor) -> tuple[int, int]:
 
 
 def _dtype_and_stream(tensor: Tensor) -> tuple[int, int]:
-    return DTYPE_CODES[tensor.dtype], torch.cuda.current_stream(tensor.device).cuda_stream
+    return DTYPE_CODES[tensor.dtype], stream_of(tensor)
 
 
 def _wide(tensor: Tensor) -> Tensor:

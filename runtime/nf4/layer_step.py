@@ -13,6 +13,7 @@ carry the name of what they belong to: grad_x is that of x.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from . import fused
 from .attention import Seen, attend, rotate
-from .shared_input import SharedInput, can_share
+from .shared_input import SharedInput, can_share, with_room
 
 if TYPE_CHECKING:
     from .checkpoints import Checkpoints
@@ -31,60 +32,65 @@ if TYPE_CHECKING:
 ROWS = 2048  # of an MLP block: enough for full matrix products, little beside the weights
 
 
+class Context(NamedTuple):
+    """What all layers of a pass share: the rotary table, P = 1 or B, and who sees whom (attention.attend)."""
+
+    cos_PTD: Tensor
+    sin_PTD: Tensor
+    seen: Seen
+
+
 def can_step(layer: DecoderLayer) -> bool:
     """Whether this layer can go by `checkpointed`: nothing but LoRA trains, and without dropout."""
-    attention, mlp = layer.self_attn, layer.mlp
-    linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
-    linears += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
     norms = [layer.input_layernorm, layer.post_attention_layernorm]
-    norms += [attention.q_norm, attention.k_norm] if attention.has_qk_norm else []
-    return can_share(linears) and not any(norm.weight.requires_grad for norm in norms)
+    if layer.self_attn.has_qk_norm:
+        norms += [layer.self_attn.q_norm, layer.self_attn.k_norm]
+    return can_share(_linears(layer)) and not any(norm.weight.requires_grad for norm in norms)
 
 
-def checkpointed(x_BTH: Tensor, step: LayerStep, checkpoints: Checkpoints) -> Tensor:
+def checkpointed(x_BTH: Tensor, step: LayerStep, context: Context, checkpoints: Checkpoints) -> Tensor:
     """The layer's output, with gradients for x and the layer's adapters."""
-    return _CheckpointedLayer.apply(x_BTH, step, checkpoints, *step.parameters)
+    return _CheckpointedLayer.apply(x_BTH, step, context, checkpoints, *step.parameters)
 
 
 class _CheckpointedLayer(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_BTH: Tensor, step: LayerStep, checkpoints: Checkpoints, *parameters: Tensor
+        ctx: Any,
+        x_BTH: Tensor,
+        step: LayerStep,
+        context: Context,
+        checkpoints: Checkpoints,
+        *parameters: Tensor,
     ) -> Tensor:
         x_BTH = x_BTH.contiguous()
-        ctx.step, ctx.kept = step, None
         if any(ctx.needs_input_grad):
-            ctx.kept = checkpoints.keep(x_BTH)
+            ctx.step, ctx.context, ctx.kept = step, context, checkpoints.keep(x_BTH)
         with torch.cuda.device_of(x_BTH):
-            return step.forward(x_BTH)
+            return step.forward(x_BTH, context)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BTH: Tensor) -> tuple[Tensor | None, ...]:
         with torch.cuda.device_of(grad_BTH):
             grad_x, gradients = ctx.step.backward(
-                ctx.kept.take(), grad_BTH.contiguous(), wants_grad_x=ctx.needs_input_grad[0]
+                ctx.kept.take(), grad_BTH.contiguous(), ctx.context, wants_grad_x=ctx.needs_input_grad[0]
             )
-        return grad_x, None, None, *gradients
+        return grad_x, None, None, None, *gradients
 
 
 class LayerStep:
-    """One layer in one pass over one micro-batch.
-
-    Args:
-        layer: `can_step` of it.
-        cos_PTD, sin_PTD: rotary table, P = 1 or B.
-        seen: as `attention.attend` takes it.
+    """The products of one layer, made once, and its passes.
 
     Attributes:
         parameters: what trains, in the order of the gradients.
     """
 
-    def __init__(self, layer: DecoderLayer, cos_PTD: Tensor, sin_PTD: Tensor, seen: Seen) -> None:
+    def __init__(self, layer: DecoderLayer) -> None:
         attention, mlp = layer.self_attn, layer.mlp
-        self._layer, self._attention = layer, attention
-        self._cos_PTD, self._sin_PTD = cos_PTD, sin_PTD
-        self._seen = seen
+        self._linears = _linears(layer)
+        self._attention = attention
+        self._input_norm, self._middle_norm = layer.input_layernorm, layer.post_attention_layernorm
         self._qkv = SharedInput((attention.q_proj, attention.k_proj, attention.v_proj))
         self._o = SharedInput((attention.o_proj,))
         self._gate_up = SharedInput((mlp.gate_proj, mlp.up_proj))
@@ -93,11 +99,15 @@ class LayerStep:
         groups = (self._qkv, self._o, self._gate_up, self._down)
         self.parameters = [p for group in groups for p in group.parameters]
 
-    def forward(self, x_BTH: Tensor) -> Tensor:
+    def is_of(self, layer: DecoderLayer) -> bool:
+        """Whether the layer still consists of the modules that this was made from."""
+        return all(map(operator.is_, self._linears, _linears(layer)))
+
+    def forward(self, x_BTH: Tensor, context: Context) -> Tensor:
         """The layer's output; nothing is kept."""
         x_MH = x_BTH.flatten(0, 1)
-        heads_MW, _ = self._project_heads(x_MH, self._qkv.matrix(x_MH))
-        attended_BNTD = self._attend(*self._heads(heads_MW, x_BTH))
+        heads_MW, _ = self._project_heads(x_MH, self._qkv.matrix(x_MH), context)
+        attended_BNTD = self._attend(context, *self._heads(heads_MW, x_BTH))
         del heads_MW
         y_MH, _ = self._project_attended(attended_BNTD, self._o.matrix(x_MH))
         del attended_BNTD
@@ -113,15 +123,15 @@ class LayerStep:
         return y_MH.view(x_BTH.shape)
 
     def backward(
-        self, x_BTH: Tensor, grad_BTH: Tensor, *, wants_grad_x: bool
+        self, x_BTH: Tensor, grad_BTH: Tensor, context: Context, *, wants_grad_x: bool
     ) -> tuple[Tensor | None, list[Tensor]]:
         """Gradients of x and of `parameters`, from the layer's input and its output's gradient."""
         x_MH, grad_y_MH = x_BTH.flatten(0, 1), grad_BTH.flatten(0, 1)
         qkv, o = self._qkv.matrix(x_MH), self._o.matrix(x_MH)
-        heads_MW, thin_qkv = self._project_heads(x_MH, qkv)
+        heads_MW, thin_qkv = self._project_heads(x_MH, qkv, context)
         leaves = [head.detach().requires_grad_() for head in self._heads(heads_MW, x_BTH)]
         with torch.enable_grad():
-            attended_BNTD = self._attend(*leaves)
+            attended_BNTD = self._attend(context, *leaves)
         del heads_MW
         middle_MH, thin_o = self._project_attended(attended_BNTD.detach(), o)
 
@@ -137,7 +147,7 @@ class LayerStep:
         grads = torch.autograd.grad(attended_BNTD, leaves, grad_attended_BTND.transpose(1, 2))
         del attended_BNTD, grad_attended_BTND, leaves
 
-        grad_heads_ML = self._merge_heads(grads)
+        grad_heads_ML = self._merge_heads(grads, context)
         del grads
         self._qkv.thin_back(qkv, grad_heads_ML)
         normed_MH = torch.empty_like(x_MH)
@@ -148,7 +158,7 @@ class LayerStep:
         if not wants_grad_x:
             return None, gradients
         grad_x_MH = self._qkv.project_back(qkv, grad_heads_ML, out=normed_MH)
-        norm, passed = self._layer.input_layernorm, grad_middle_ML[:, : self._hidden]
+        norm, passed = self._input_norm, grad_middle_ML[:, : self._hidden]
         fused.rms_norm_backward(grad_x_MH, x_MH, norm.weight, norm.eps, passed=passed, out=grad_x_MH)
         return grad_x_MH.view(x_BTH.shape), gradients
 
@@ -161,8 +171,8 @@ class LayerStep:
         """
         gate_up, down = self._gate_up.matrix(x_MH), self._down.matrix(x_MH)
         gate_up_gradients, down_gradients = self._gate_up.new_gradients(), self._down.new_gradients()
-        grad_middle_ML = x_MH.new_empty(len(x_MH), self._hidden + self._o.room)
-        norm = self._layer.post_attention_layernorm
+        grad_middle_ML = with_room(x_MH, len(x_MH), self._hidden, self._o.room)
+        norm = self._middle_norm
         for rows, block in self._blocks(x_MH, backward=True):
             add = rows.start > 0
             middle_MH = attended_MH[rows]
@@ -201,32 +211,32 @@ class LayerStep:
             (self._hidden, self._down.room) if backward else (0, 0),
         )
         most = min(ROWS, len(x_MH))
-        buffers = [x_MH.new_empty(most, width + room) for width, room in widths]
+        buffers = [with_room(x_MH, most, width, room) for width, room in widths]
         for first in range(0, len(x_MH), ROWS):
             rows = slice(first, min(first + ROWS, len(x_MH)))
-            with_room = [buffer[: rows.stop - first] for buffer in buffers]
-            alone = [buffer[:, :width] for buffer, (width, _) in zip(with_room, widths, strict=True)]
-            yield rows, _Block(*with_room, *alone)
+            whole = [buffer[: rows.stop - first] for buffer in buffers]
+            alone = [buffer[:, :width] for buffer, (width, _) in zip(whole, widths, strict=True)]
+            yield rows, _Block(*whole, *alone)
 
     def _norm_input(self, x_MH: Tensor, out: Tensor) -> None:
-        norm = self._layer.input_layernorm
+        norm = self._input_norm
         fused.rms_norm(x_MH, norm.weight, norm.eps, out=out)
 
     def _norm_middle(self, x_MH: Tensor, attended_MH: Tensor, out: Tensor) -> None:
         """Adds x to what attention gave, in place, and norms the sum."""
-        norm = self._layer.post_attention_layernorm
+        norm = self._middle_norm
         fused.rms_norm(x_MH, norm.weight, norm.eps, out=out, residual=attended_MH)
 
-    def _project_heads(self, x_MH: Tensor, qkv: Tensor) -> tuple[Tensor, Tensor]:
+    def _project_heads(self, x_MH: Tensor, qkv: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """Query, key and value heads in a row, rotated; and the thin product."""
-        normed_ML = x_MH.new_empty(len(x_MH), self._hidden + self._qkv.room)
+        normed_ML = with_room(x_MH, len(x_MH), self._hidden, self._qkv.room)
         self._norm_input(x_MH, normed_ML[:, : self._hidden])
         self._qkv.thin(qkv, normed_ML)
         heads_MW = x_MH.new_empty(len(x_MH), self._qkv.outputs)
         self._qkv.project(qkv, normed_ML, out=heads_MW)
         if not self._attention.has_qk_norm:
             rotated = self._qkv.outputs - self._width(self._attention.v_proj)
-            fused.rotate(heads_MW[:, :rotated], *self._table())
+            fused.rotate(heads_MW[:, :rotated], *_table(context))
         return heads_MW, normed_ML[:, self._hidden :].clone()
 
     def _heads(self, heads_MW: Tensor, x_BTH: Tensor) -> Sequence[Tensor]:
@@ -236,38 +246,35 @@ class LayerStep:
         heads_BNTD = heads_MW.view(*x_BTH.shape[:2], -1, size).transpose(1, 2)
         return heads_BNTD.split([heads_BNTD.shape[1] - 2 * key_heads, key_heads, key_heads], dim=1)
 
-    def _attend(self, q_BNTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor) -> Tensor:
+    def _attend(self, context: Context, q_BNTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor) -> Tensor:
         if self._attention.has_qk_norm:
             q_BNTD, k_BGTD = self._attention.q_norm(q_BNTD), self._attention.k_norm(k_BGTD)
-            q_BNTD, k_BGTD = (rotate(x, self._cos_PTD, self._sin_PTD) for x in (q_BNTD, k_BGTD))
-        return attend(q_BNTD, k_BGTD, v_BGTD, self._seen)
+            q_BNTD, k_BGTD = (rotate(x, context.cos_PTD, context.sin_PTD) for x in (q_BNTD, k_BGTD))
+        return attend(q_BNTD, k_BGTD, v_BGTD, context.seen)
 
     def _project_attended(self, attended_BNTD: Tensor, o: Tensor) -> tuple[Tensor, Tensor]:
         """What attention adds to the residual stream, and the thin product."""
         attended_MA = _side_by_side(attended_BNTD)
-        attended_ML = attended_MA.new_empty(len(attended_MA), self._o.inputs + self._o.room)
+        attended_ML = with_room(attended_MA, len(attended_MA), self._o.inputs, self._o.room)
         attended_ML[:, : self._o.inputs] = attended_MA
         self._o.thin(o, attended_ML)
         projected_MH = attended_MA.new_empty(len(attended_MA), self._hidden)
         self._o.project(o, attended_ML, out=projected_MH)
         return projected_MH, attended_ML[:, self._o.inputs :].clone()
 
-    def _merge_heads(self, grads: Sequence[Tensor]) -> Tensor:
+    def _merge_heads(self, grads: Sequence[Tensor], context: Context) -> Tensor:
         """Gradients of q, k and v side by side as they were before the rotation, and room behind them."""
         first, rows = 0, grads[0].shape[0] * grads[0].shape[2]
-        merged_ML = grads[0].new_empty(rows, self._qkv.outputs + self._qkv.room)
+        merged_ML = with_room(grads[0], rows, self._qkv.outputs, self._qkv.room)
         for i, grad_BNTD in enumerate(grads):
             grad = _side_by_side(grad_BNTD)
             place = merged_ML[:, first : first + grad.shape[1]]
             if i < 2 and not self._attention.has_qk_norm:
-                fused.rotate(grad, *self._table(), out=place, backward=True)
+                fused.rotate(grad, *_table(context), out=place, backward=True)
             else:
                 place.copy_(grad)
             first += grad.shape[1]
         return merged_ML
-
-    def _table(self) -> tuple[Tensor, Tensor]:
-        return self._cos_PTD.flatten(0, 1), self._sin_PTD.flatten(0, 1)
 
     @staticmethod
     def _width(layer: nn.Module) -> int:
@@ -285,6 +292,16 @@ class _Block(NamedTuple):
     both: Tensor
     inner: Tensor
     grad_y: Tensor
+
+
+def _linears(layer: DecoderLayer) -> list[nn.Module]:
+    attention, mlp = layer.self_attn, layer.mlp
+    projections = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+    return [*projections, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+
+
+def _table(context: Context) -> tuple[Tensor, Tensor]:
+    return context.cos_PTD.flatten(0, 1), context.sin_PTD.flatten(0, 1)
 
 
 def _side_by_side(heads_BNTD: Tensor) -> Tensor:

@@ -75,27 +75,48 @@ def backward_loss(
 
     Args:
         head: hidden states [C, H] -> logits [C, V].
-        hidden_NH: hidden states with a gradient function.
+        hidden_NH: hidden states with a gradient function that does not need their values, which are lost.
         targets_N: int64 tokens to predict.
         vocab_size: V.
         scale: usually 1 / labelled tokens of the step.
     """
-    leaf = hidden_NH.detach()
-    gradient_NH = torch.empty_like(leaf)
-    total = leaf.new_zeros((), dtype=torch.float64)
-    start = 0
-    for hidden, targets in _chunks(leaf, targets_N, vocab_size):
-        rows = hidden.detach().requires_grad_()
-        logits = head(rows)
-        gradient = logits.detach()  # the same memory: no backward of a linear layer reads its output
-        total += fused.cross_entropy(gradient, targets, gradient_scale=scale).sum(dtype=torch.float64)
-        logits.backward(gradient)
-        assert rows.grad is not None
-        gradient_NH[start : start + len(rows)] = rows.grad
-        start += len(rows)
+    gradient_NH = hidden_NH.detach()
+    total = gradient_NH.new_zeros((), dtype=torch.float64)
+    for hidden, targets in _chunks(gradient_NH, targets_N, vocab_size):
+        total += _backward_chunk(head, hidden, targets, scale)
     if hidden_NH.requires_grad:  # not when only the head is trained
         hidden_NH.backward(gradient_NH)
     return total
+
+
+def _backward_chunk(head: Head, hidden_CH: Tensor, targets_C: Tensor, scale: float) -> Tensor:
+    """The chunk's loss; its gradient takes the place of its hidden states."""
+    rows = hidden_CH.detach().clone().requires_grad_()
+    logits = head(rows)
+    gradient = logits.detach()  # the same memory: no backward of a linear layer reads its output
+    loss = fused.cross_entropy(gradient, targets_C, gradient_scale=scale).sum(dtype=torch.float64)
+    _WithGradient.apply(logits, gradient).backward()
+    assert rows.grad is not None
+    hidden_CH.copy_(rows.grad)
+    return loss
+
+
+class _WithGradient(torch.autograd.Function):
+    """A scalar whose gradient for the logits is the one given.
+
+    torch would take it through `logits.backward(gradient)` too, but then the first thing that its thread does
+    on a GPU may be a matrix product, and cuBLAS warns where it finds no context.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, gradient: Tensor) -> Tensor:
+        ctx.gradient = gradient
+        return logits.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        torch.zeros_like(grads[0])
+        return ctx.gradient, None
 
 
 def _chunks(hidden_NH: Tensor, targets_N: Tensor, vocab_size: int) -> list[tuple[Tensor, Tensor]]:

@@ -40,6 +40,11 @@ def kernels() -> ModuleType:
     return _cuda
 
 
+def stream_of(tensor: Tensor) -> int:
+    """The current stream of a tensor's device, as an address."""
+    return torch._C._cuda_getCurrentRawStream(tensor.device.index)
+
+
 def fused_rows(dtype: torch.dtype, columns: int, codes: int) -> int:
     """Up to how many rows of `dtype` the fused product takes a weight with codes at that address."""
     is_fast = dtype != torch.float32 and columns % 64 == 0 and codes % 16 == 0
@@ -51,35 +56,30 @@ class _Weight(PackedOperand):
 
     def __init__(self, packed: Sequence[Any], rows: int, columns: int, device: torch.device) -> None:
         super().__init__(packed, rows, columns, device)
-        self._constants = (self.codes, self.absmax, self.nested_absmax, self.nested_quant_map)
+        self.constants = (self.codes, self.absmax, self.nested_absmax, self.nested_quant_map)
         self.tail = (_is_constant(self.codes), torch.cuda.current_stream(device).cuda_stream)
         self._device = device
 
     def decode(self, first: int, last: int, out: Tensor) -> None:
         """Rows [first, last) into the contiguous `out`, rounded to its dtype."""
         span = (first * self.columns, last * self.columns, out.data_ptr(), DTYPE_CODES[out.dtype])
-        kernels().dequantize(*self._constants, self.nested_offset, *span, *self.tail)
-
-    def decode_rows(self, out: Tensor) -> None:
-        """The whole weight into `out` [rows, columns], whose rows may have room between them."""
-        place = (self.rows, self.columns, out.data_ptr(), out.stride(0), DTYPE_CODES[out.dtype])
-        kernels().dequantize_rows(*self._constants, self.nested_offset, *place, *self.tail)
+        kernels().dequantize(*self.constants, self.nested_offset, *span, *self.tail)
 
     def look_up(self, ids: Tensor, out: Tensor) -> None:
         """Rows `ids`, contiguous int64, into the contiguous `out`."""
         table = (ids.data_ptr(), ids.numel(), self.rows, self.columns)
         where = (out.data_ptr(), DTYPE_CODES[out.dtype])
-        kernels().embedding(*self._constants, self.nested_offset, *table, *where, *self.tail)
+        kernels().embedding(*self.constants, self.nested_offset, *table, *where, *self.tail)
 
     def multiply(self, x_MK: Tensor, y_MN: Tensor) -> None:
         """y = x @ W.T, straight from the codes."""
         x = (x_MK.data_ptr(), DTYPE_CODES[x_MK.dtype], x_MK.shape[0])
         sizes = (self.rows, self.columns)
-        kernels().linear(*x, *self._constants, self.nested_offset, *sizes, 0, y_MN.data_ptr(), *self.tail)
+        kernels().linear(*x, *self.constants, self.nested_offset, *sizes, 0, y_MN.data_ptr(), *self.tail)
 
     def together(self, y_MN: Tensor) -> tuple[int, int, int, int, float, int, int]:
         """This weight as one of `_cuda.linear_group`'s."""
-        return (*self._constants, self.nested_offset, self.rows, y_MN.data_ptr())
+        return (*self.constants, self.nested_offset, self.rows, y_MN.data_ptr())
 
     @contextmanager
     def panels(self, dtype: torch.dtype) -> Iterator[Iterator[tuple[int, int, Tensor]]]:
@@ -120,9 +120,27 @@ def dequantize(*arguments: Any) -> Tensor:
     return out
 
 
-def decode_rows(packed: Sequence[Any], out: Tensor) -> None:
-    """The weight into `out` [rows, columns] on the current device; its rows may have room between them."""
-    _Weight(packed, out.shape[0], out.shape[1], out.device).decode_rows(out)
+class RowDecoder:
+    """Decodes a whole weight again and again on the current device; what it is made of is checked once.
+
+    Args:
+        packed: as every operator takes it. The tensors must live as long as this does.
+        rows, columns: the weight's.
+
+    Attributes:
+        codes: their address.
+    """
+
+    def __init__(self, packed: Sequence[Any], rows: int, columns: int) -> None:
+        weight = _Weight(packed, rows, columns, packed[0].device)
+        self.codes = weight.codes
+        self._arguments = (*weight.constants, weight.nested_offset, rows, columns)
+        self._overlap = weight.tail[0]
+
+    def decode(self, out: Tensor) -> None:
+        """Into `out` [rows, columns], whose rows may have room between them."""
+        place = (out.data_ptr(), out.stride(0), DTYPE_CODES[out.dtype])
+        kernels().dequantize_rows(*self._arguments, *place, self._overlap, stream_of(out))
 
 
 def embedding(ids: Tensor, *arguments: Any) -> Tensor:

@@ -26,9 +26,10 @@ from torch import Tensor, nn
 from .linear import KeptLinear, NF4Linear
 from .lora import LoRALinear
 from .operands import DTYPE_CODES
-from .ops_cuda import decode_rows, kernels
+from .ops_cuda import RowDecoder, kernels, stream_of
 
-ALIGNMENT = 8  # ranks together: keeps 16-bit rows at multiples of 16 bytes, as fast matrix products want
+ROOM_ALIGNMENT = 8  # ranks together, so that inner sizes of 16-bit products are multiples of 16 bytes
+ROW_ALIGNMENT = 64  # elements: at other strides than multiples of 128 bytes large products are slower
 
 
 class SharedInput:
@@ -51,16 +52,17 @@ class SharedInput:
                 ranks += layer.rank
             self._first_rows.append(self.outputs)
             self.outputs += int(base.out_features)
-        self.room = -(-ranks // ALIGNMENT) * ALIGNMENT
+        self._decoders: list[RowDecoder | None] = [None] * len(self._layers)
+        self.room = -(-ranks // ROOM_ALIGNMENT) * ROOM_ALIGNMENT
         self.parameters = [p for layer, *_ in self._places for p in (layer.lora_A, layer.lora_B)]
 
     def matrix(self, like: Tensor) -> Tensor:
         """[N + R, K + R] on the device and in the dtype of the activations; R x R of it mean nothing."""
-        matrix = like.new_empty(self.outputs + self.room, self.inputs + self.room)
-        for base, first in zip(self._layers, self._first_rows, strict=True):
-            rows = matrix[first : first + int(base.out_features), : self.inputs]
+        matrix = with_room(like, self.outputs + self.room, self.inputs, self.room)
+        for i, (base, first) in enumerate(zip(self._layers, self._first_rows, strict=True)):
+            rows = matrix[first : first + base.out_features, : self.inputs]
             if isinstance(base, NF4Linear) and like.is_cuda:
-                decode_rows(base.packed(), rows)
+                self._decoder(i, base).decode(rows)
             else:
                 rows.copy_(base.dequantize(like.dtype) if isinstance(base, NF4Linear) else base.weight)
         if self.room:
@@ -121,7 +123,7 @@ class SharedInput:
             places = [(grad_A.data_ptr(), grad_B.data_ptr()) for grad_A, grad_B in pairs]
             matrices = (grad_A_RK.data_ptr(), grad_B_RN.data_ptr(), self.outputs, self.inputs)
             kernels().lora_unpack(
-                self._adapters(), places, *matrices, add, DTYPE_CODES[x_MK.dtype], _stream(x_MK)
+                self._adapters(), places, *matrices, add, DTYPE_CODES[x_MK.dtype], stream_of(x_MK)
             )
             return
         for i, (layer, row, rank) in enumerate(self._places):
@@ -136,11 +138,17 @@ class SharedInput:
                 else:
                     gradient.copy_(own * scaling)
 
+    def _decoder(self, i: int, base: NF4Linear) -> RowDecoder:
+        known = self._decoders[i]
+        if known is None or known.codes != base.codes.data_ptr():
+            known = self._decoders[i] = RowDecoder(base.packed(), base.out_features, base.in_features)
+        return known
+
     def _place_adapters(self, matrix: Tensor) -> None:
         if matrix.is_cuda:
             sizes = (self.outputs, self.inputs, self.room, DTYPE_CODES[matrix.dtype])
             kernels().lora_pack(
-                self._adapters(), matrix.data_ptr(), matrix.stride(0), *sizes, _stream(matrix)
+                self._adapters(), matrix.data_ptr(), matrix.stride(0), *sizes, stream_of(matrix)
             )
             return
         matrix[: self.outputs, self.inputs :] = 0
@@ -165,6 +173,12 @@ class SharedInput:
         ]
 
 
+def with_room(like: Tensor, rows: int, width: int, room: int) -> Tensor:
+    """Uninitialised [rows, width + room], each row at a multiple of ROW_ALIGNMENT elements."""
+    stride = -(-(width + room) // ROW_ALIGNMENT) * ROW_ALIGNMENT
+    return like.new_empty(rows, stride)[:, : width + room]
+
+
 def can_share(layers: Sequence[nn.Module]) -> bool:
     """Whether `SharedInput` computes these layers: frozen weights, adapters in fp32 without dropout."""
     return all(_is_known(layer) for layer in layers)
@@ -176,7 +190,3 @@ def _is_known(layer: nn.Module) -> bool:
         is_fp32 = layer.lora_A.dtype == layer.lora_B.dtype == torch.float32
         return not drops and is_fp32 and _is_known(layer.base)
     return isinstance(layer, (NF4Linear, KeptLinear))
-
-
-def _stream(tensor: Tensor) -> int:
-    return torch.cuda.current_stream(tensor.device).cuda_stream

@@ -53,11 +53,11 @@ def by_modules(monkeypatch: pytest.MonkeyPatch) -> None:
 def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also on the CPU, where a model takes torch's checkpointing."""
 
-    def step(layer: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, seen: Any, *_: Any, **__: Any) -> Tensor:
+    def step(layer: nn.Module, x: Tensor, *context: Any, **_: Any) -> Tensor:
         assert isinstance(layer, DecoderLayer)
         assert layer_step.can_step(layer)
-        kept = checkpoints.Checkpoints()
-        return layer_step.checkpointed(x, layer_step.LayerStep(layer, cos, sin, seen), kept)
+        made = layer_step.LayerStep(layer)
+        return layer_step.checkpointed(x, made, layer_step.Context(*context), checkpoints.Checkpoints())
 
     monkeypatch.setattr(decoder, "checkpoint", step)
 
