@@ -94,15 +94,16 @@ def _backward_chunk(head: Head, hidden_CH: Tensor, targets_C: Tensor, scale: flo
     rows = hidden_CH.detach().clone().requires_grad_()
     logits = head(rows)
     gradient = logits.detach()  # the same memory: no backward of a linear layer reads its output
+    root = _WithGradient.apply(logits, gradient)
     loss = fused.cross_entropy(gradient, targets_C, gradient_scale=scale).sum(dtype=torch.float64)
-    _WithGradient.apply(logits, gradient).backward()
+    root.backward()
     assert rows.grad is not None
     hidden_CH.copy_(rows.grad)
     return loss
 
 
 class _WithGradient(torch.autograd.Function):
-    """A scalar whose gradient for the logits is the one given.
+    """A scalar whose gradient for the logits is what `gradient` holds when backward begins.
 
     torch would take it through `logits.backward(gradient)` too, but then the first thing that its thread does
     on a GPU may be a matrix product, and cuBLAS warns where it finds no context.
