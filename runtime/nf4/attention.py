@@ -42,8 +42,11 @@ class Segments:
         index = torch.arange(self.tokens, device=self.bounds.device)
         return (index - self.bounds[self._documents()])[None]
 
-    def mask(self, window: int | None) -> Tensor:
-        """Who sees whom, bool [1, 1, T, T]: earlier tokens of the document, the last `window` of them."""
+    def seen(self, window: int | None, packs: bool) -> Seen:
+        """What `attend` takes for layers with this window: these segments where `packs` and it hides nothing,
+        else a mask, bool [1, 1, T, T]: earlier tokens of the document, the last `window` of them."""
+        if packs and (window is None or self.longest <= window):
+            return self
         index = torch.arange(self.tokens, device=self.bounds.device)
         document = self._documents()
         seen = (index <= index[:, None]) & (document == document[:, None])
@@ -79,9 +82,9 @@ def attend(q_BNTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, seen: Seen) -> Tensor
     )
 
 
-def takes_segments(x: Tensor) -> bool:
+def takes_segments(x: Tensor, head_size: int) -> bool:
     """Whether attention in x's dtype on its device goes document by document; elsewhere a mask does it."""
-    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and head_size % 8 == 0
 
 
 def _attend_packed(q_1NTD: Tensor, k_1GTD: Tensor, v_1GTD: Tensor, segments: Segments) -> Tensor:

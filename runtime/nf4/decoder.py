@@ -181,8 +181,12 @@ class Decoder(nn.Module):
         # [1, T, D] where all sequences count alike.
         cos_BTD = torch.cat((angles.cos(),) * 2, dim=-1).to(compute_dtype)
         sin_BTD = torch.cat((angles.sin(),) * 2, dim=-1).to(compute_dtype)
-        seen = {
-            window: _seen(attention_mask, segments, window, past, x_BTH) for window in set(self.layer_windows)
+        packs = segments is not None and takes_segments(x_BTH, cos_BTD.shape[-1])
+        seen: dict[int | None, Seen] = {
+            window: attention_bias(attention_mask, past, new, window, x_BTH.device)
+            if segments is None
+            else segments.seen(window, packs)
+            for window in set(self.layer_windows)
         }
         saves_memory = self.gradient_checkpointing and torch.is_grad_enabled() and cache is None
         checkpoints = self._begin_checkpoints(x_BTH.device)
@@ -334,16 +338,6 @@ def attention_bias(
         return seen[None, None]
     # A padding row would see nothing and come out as NaN: it sees itself.
     return ((seen & attention_mask.bool()[:, None, :]) | (key == query))[:, None]
-
-
-def _seen(
-    attention_mask: Tensor | None, segments: Segments | None, window: int | None, past: int, x_BTH: Tensor
-) -> Seen:
-    if segments is None:
-        return attention_bias(attention_mask, past, x_BTH.shape[1], window, x_BTH.device)
-    if (window is None or segments.longest <= window) and takes_segments(x_BTH):
-        return segments
-    return segments.mask(window)
 
 
 def _positions(attention_mask: Tensor | None, past: int, new: int, device: torch.device) -> Tensor:

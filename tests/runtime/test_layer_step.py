@@ -66,9 +66,8 @@ def gradients(model: CausalLM, **inputs: Any) -> dict[str, Tensor]:
     """Of a loss that every logit enters, by parameter; and the logits."""
     model.zero_grad()
     logits = model(**inputs)
-    (
-        logits.float() * torch.linspace(-1, 1, logits.shape[-1], device=logits.device)
-    ).square().mean().backward()
+    weights = torch.linspace(-1, 1, logits.shape[-1], device=logits.device)
+    (logits.float() * weights).square().sum().backward()  # a sum: means are small, and lost in fp16
     found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     assert all(gradient is not None and gradient.any() for gradient in found.values())
     return {"logits": logits.detach(), **{name: g.clone() for name, g in found.items() if g is not None}}
