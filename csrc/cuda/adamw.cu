@@ -1,16 +1,20 @@
-// One AdamW step over contiguous elements: parameters (fp32 or bf16), gradients (fp32 or bf16), both moments
-// in fp32 (Loshchilov and Hutter, arXiv 1711.05101).
+// One AdamW step over many parameters whose moments lie in pages (Loshchilov and Hutter, arXiv 1711.05101),
+// and the norm of their gradients.
 //
-//   parameter |p p p p|...   gradient |g g g g|...   exp_avg |m m m m|...   exp_avg_sq |v v v v|...
+//   page k, fp32     | exp_avg of E elements | exp_avg_sq of the same E elements |
+//   chunks           parameter, gradient, where in which page, how many elements: a block of threads each
+//
+// The table of chunks lies on the device and changes only when a gradient moves; where the pages lie now, and
+// the scalars of the step, travel with the launch. So hundreds of small parameters take one launch, and a
+// page may lie elsewhere at every step.
 //
 // A thread takes 4 consecutive elements of each array: one 16-byte access where elements have 4 bytes, one of
 // 8 where they have 2. Bytes moved an element, all fp32: 16 read, 12 written. The order of operations is that
 // of torch.optim.AdamW: decay, moments, bias corrections in the step size and under the root. All arithmetic
 // in fp32; a bf16 parameter is rounded to nearest once.
 //
-// The gradient is multiplied by *gradient_factor first, read on the device: the clipping factor of a norm
-// that was computed there costs no host synchronization. Infinite or NaN factors go through as they are.
-// H200, 67 M fp32 elements: the copy limit (torch's fused AdamW takes 1.25 times as long).
+// The gradient is multiplied by *gradient_factor first, read on the device: neither the clipping factor nor
+// the decision to leave a step out, a factor that is not finite, costs a host synchronization.
 #include <cmath>
 
 #include "nf4.cuh"
@@ -19,6 +23,7 @@ namespace nf4 {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kStride = 4 * kThreads;
 
 struct Step {
   float decay;  // 1 - lr * weight_decay
@@ -29,92 +34,189 @@ struct Step {
   float eps;
 };
 
+struct Sweep {
+  const Nf4AdamwChunk* chunks;
+  const float* gradient_factor;
+  int64_t page_elements;
+  int first_page, first_setting;
+  Step steps[NF4_MOST_SETTINGS];
+  float* pages[NF4_MOST_PAGES];
+};
+
 template <typename T>
 struct alignas(4 * sizeof(T)) Four {
   T value[4];
 };
 
+__device__ inline bool is_aligned(const void* pointer, size_t bytes) {
+  return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
+}
+
+// Every contraction is written out: a page border decides which of the two ways below an element goes, and
+// both must give the same bits.
 __device__ inline float updated(float parameter, float gradient, float& exp_avg, float& exp_avg_sq,
                                 const Step& s) {
-  parameter *= s.decay;
-  exp_avg = fmaf(s.one_minus_beta1, gradient - exp_avg, exp_avg);
-  exp_avg_sq = fmaf(s.one_minus_beta2 * gradient, gradient, exp_avg_sq * s.beta2);
-  const float denominator = sqrtf(exp_avg_sq) / s.root_correction + s.eps;
-  return parameter - s.step_size * (exp_avg / denominator);
+  parameter = __fmul_rn(parameter, s.decay);
+  exp_avg = fmaf(s.one_minus_beta1, __fsub_rn(gradient, exp_avg), exp_avg);
+  exp_avg_sq = fmaf(s.one_minus_beta2, __fmul_rn(gradient, gradient), __fmul_rn(exp_avg_sq, s.beta2));
+  const float denominator = __fadd_rn(__fdiv_rn(__fsqrt_rn(exp_avg_sq), s.root_correction), s.eps);
+  return fmaf(-s.step_size, __fdiv_rn(exp_avg, denominator), parameter);
 }
 
 template <typename P, typename G>
-__global__ void __launch_bounds__(kThreads)
-    adamw_kernel(P* parameter, const G* gradient, float* exp_avg, float* exp_avg_sq, int64_t count,
-                 const float* gradient_factor, Step step, bool wide) {
-  const float factor = gradient_factor ? *gradient_factor : 1.0f;
-  const int64_t first = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * 4;
-  if (first >= count) return;
-  if (wide && first + 4 <= count) {
-    Four<P> p = *reinterpret_cast<const Four<P>*>(parameter + first);
-    const Four<G> g = *reinterpret_cast<const Four<G>*>(gradient + first);
-    Four<float> m = *reinterpret_cast<const Four<float>*>(exp_avg + first);
-    Four<float> v = *reinterpret_cast<const Four<float>*>(exp_avg_sq + first);
+__device__ inline void update(P* parameter, const G* gradient, float* exp_avg, float* exp_avg_sq, int count,
+                              float factor, const Step& step) {
+  const bool wide = is_aligned(parameter, 4 * sizeof(P)) && is_aligned(gradient, 4 * sizeof(G)) &&
+                    is_aligned(exp_avg, 16) && is_aligned(exp_avg_sq, 16);
+  for (int first = 4 * threadIdx.x; first < count; first += kStride) {
+    if (wide && first + 4 <= count) {
+      Four<P> p = *reinterpret_cast<const Four<P>*>(parameter + first);
+      const Four<G> g = *reinterpret_cast<const Four<G>*>(gradient + first);
+      Four<float> m = *reinterpret_cast<const Four<float>*>(exp_avg + first);
+      Four<float> v = *reinterpret_cast<const Four<float>*>(exp_avg_sq + first);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      p.value[i] =
-          round_to<P>(updated(static_cast<float>(p.value[i]), static_cast<float>(g.value[i]) * factor,
-                              m.value[i], v.value[i], step));
-    }
-    *reinterpret_cast<Four<P>*>(parameter + first) = p;
-    *reinterpret_cast<Four<float>*>(exp_avg + first) = m;
-    *reinterpret_cast<Four<float>*>(exp_avg_sq + first) = v;
-  } else {
-    for (int64_t i = first; i < first + 4 && i < count; ++i) {
-      parameter[i] =
-          round_to<P>(updated(static_cast<float>(parameter[i]), static_cast<float>(gradient[i]) * factor,
-                              exp_avg[i], exp_avg_sq[i], step));
+      for (int i = 0; i < 4; ++i) {
+        p.value[i] = round_to<P>(updated(static_cast<float>(p.value[i]),
+                                         __fmul_rn(static_cast<float>(g.value[i]), factor), m.value[i],
+                                         v.value[i], step));
+      }
+      *reinterpret_cast<Four<P>*>(parameter + first) = p;
+      *reinterpret_cast<Four<float>*>(exp_avg + first) = m;
+      *reinterpret_cast<Four<float>*>(exp_avg_sq + first) = v;
+    } else {
+      for (int i = first; i < first + 4 && i < count; ++i) {
+        parameter[i] = round_to<P>(updated(static_cast<float>(parameter[i]),
+                                           __fmul_rn(static_cast<float>(gradient[i]), factor), exp_avg[i],
+                                           exp_avg_sq[i], step));
+      }
     }
   }
 }
 
-template <typename P, typename G>
-cudaError_t adamw(void* parameter, const void* gradient, float* exp_avg, float* exp_avg_sq, int64_t count,
-                  const float* factor, const Step& step, cudaStream_t stream) {
-  const auto at = [](const void* pointer, size_t bytes) {
-    return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
+__global__ void __launch_bounds__(kThreads) adamw_kernel(const __grid_constant__ Sweep sweep) {
+  const Nf4AdamwChunk chunk = sweep.chunks[blockIdx.x];
+  const unsigned setting = static_cast<unsigned>(chunk.setting - sweep.first_setting);
+  if (setting >= NF4_MOST_SETTINGS) return;  // the turn of another launch
+  const float factor = sweep.gradient_factor ? *sweep.gradient_factor : 1.0f;
+  if (!isfinite(factor)) return;
+  const Step step = sweep.steps[setting];
+  float* exp_avg = sweep.pages[chunk.page - sweep.first_page] + chunk.at;
+  float* exp_avg_sq = exp_avg + sweep.page_elements;
+  const auto go = [&](auto* parameter, const auto* gradient) {
+    update(parameter, gradient, exp_avg, exp_avg_sq, chunk.count, factor, step);
   };
-  const bool wide =
-      at(parameter, 4 * sizeof(P)) && at(gradient, 4 * sizeof(G)) && at(exp_avg, 16) && at(exp_avg_sq, 16);
-  const int64_t blocks = (count + 4 * kThreads - 1) / (4 * kThreads);
-  if (blocks > INT32_MAX) return cudaErrorInvalidValue;
-  return launch(adamw_kernel<P, G>, dim3(static_cast<unsigned>(blocks)), kThreads, 0, stream, false,
-                static_cast<P*>(parameter), static_cast<const G*>(gradient), exp_avg, exp_avg_sq, count,
-                factor, step, wide);
+  auto* const narrow_p = static_cast<__nv_bfloat16*>(chunk.parameter);
+  auto* const narrow_g = static_cast<const __nv_bfloat16*>(chunk.gradient);
+  auto* const p = static_cast<float*>(chunk.parameter);
+  auto* const g = static_cast<const float*>(chunk.gradient);
+  if (chunk.parameter_dtype == NF4_FLOAT32) {
+    chunk.gradient_dtype == NF4_FLOAT32 ? go(p, g) : go(p, narrow_g);
+  } else {
+    chunk.gradient_dtype == NF4_FLOAT32 ? go(narrow_p, g) : go(narrow_p, narrow_g);
+  }
+}
+
+// The sum over the block, in every thread of the first warp; the same order at every run.
+template <typename T>
+__device__ inline T block_sum(T value, T* shared) {
+  for (int step = 16; step; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = value;
+  __syncthreads();
+  value = threadIdx.x < blockDim.x / 32 ? shared[threadIdx.x] : T(0);
+  if (threadIdx.x < 32) {
+    for (int step = 16; step; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
+  }
+  return value;
+}
+
+template <typename G>
+__device__ inline float squares(const G* gradient, int count) {
+  float sum = 0.0f;
+  const bool wide = is_aligned(gradient, 4 * sizeof(G));
+  for (int first = 4 * threadIdx.x; first < count; first += kStride) {
+    if (wide && first + 4 <= count) {
+      const Four<G> g = *reinterpret_cast<const Four<G>*>(gradient + first);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sum = fmaf(float(g.value[i]), float(g.value[i]), sum);
+    } else {
+      for (int i = first; i < first + 4 && i < count; ++i) {
+        sum = fmaf(float(gradient[i]), float(gradient[i]), sum);
+      }
+    }
+  }
+  return sum;
+}
+
+__global__ void __launch_bounds__(kThreads)
+    squares_kernel(const Nf4GradientChunk* chunks, float* sum_of_squares) {
+  __shared__ float shared[kThreads / 32];
+  const Nf4GradientChunk chunk = chunks[blockIdx.x];
+  const float sum = chunk.dtype == NF4_FLOAT32
+                        ? squares(static_cast<const float*>(chunk.gradient), chunk.count)
+                        : squares(static_cast<const __nv_bfloat16*>(chunk.gradient), chunk.count);
+  const float total = block_sum(sum, shared);
+  if (threadIdx.x == 0) sum_of_squares[blockIdx.x] = total;
+}
+
+constexpr int kNormThreads = 1024;
+
+__global__ void __launch_bounds__(kNormThreads)
+    norm_kernel(const float* sum_of_squares, int count, float* norm) {
+  __shared__ double shared[kNormThreads / 32];
+  double sum = 0.0;
+  for (int i = threadIdx.x; i < count; i += kNormThreads) sum += sum_of_squares[i];
+  const double total = block_sum(sum, shared);
+  if (threadIdx.x == 0) *norm = static_cast<float>(sqrt(total));
+}
+
+Step step_of(const Nf4AdamwSetting& s) {
+  const double t = static_cast<double>(s.step);
+  return {static_cast<float>(1.0 - s.lr * s.weight_decay),
+          static_cast<float>(s.beta1),
+          static_cast<float>(s.beta2),
+          static_cast<float>(1.0 - s.beta1),
+          static_cast<float>(1.0 - s.beta2),
+          static_cast<float>(s.lr / (1.0 - pow(s.beta1, t))),
+          static_cast<float>(sqrt(1.0 - pow(s.beta2, t))),
+          static_cast<float>(s.eps)};
 }
 
 }  // namespace
 }  // namespace nf4
 
-// Step number `step` counts from 1. gradient_factor may be null. The scalars are combined in double.
-extern "C" int nf4_adamw(void* parameter, const void* gradient, float* exp_avg, float* exp_avg_sq,
-                         int64_t count, int parameter_dtype, int gradient_dtype, double lr, double beta1,
-                         double beta2, double eps, double weight_decay, int64_t step,
-                         const float* gradient_factor, cudaStream_t stream) {
-  if (count < 0 || step < 1) return cudaErrorInvalidValue;
-  if (count == 0) return cudaSuccess;
-  nf4::Step s;
-  s.decay = static_cast<float>(1.0 - lr * weight_decay);
-  s.beta1 = static_cast<float>(beta1);
-  s.beta2 = static_cast<float>(beta2);
-  s.one_minus_beta1 = static_cast<float>(1.0 - beta1);
-  s.one_minus_beta2 = static_cast<float>(1.0 - beta2);
-  s.step_size = static_cast<float>(lr / (1.0 - pow(beta1, static_cast<double>(step))));
-  s.root_correction = static_cast<float>(sqrt(1.0 - pow(beta2, static_cast<double>(step))));
-  s.eps = static_cast<float>(eps);
-  const auto call = [&](auto kernel) {
-    return kernel(parameter, gradient, exp_avg, exp_avg_sq, count, gradient_factor, s, stream);
-  };
-  const bool wide_p = parameter_dtype == NF4_FLOAT32, wide_g = gradient_dtype == NF4_FLOAT32;
-  if (!wide_p && parameter_dtype != NF4_BFLOAT16) return cudaErrorInvalidValue;
-  if (!wide_g && gradient_dtype != NF4_BFLOAT16) return cudaErrorInvalidValue;
-  if (wide_p && wide_g) return call(nf4::adamw<float, float>);
-  if (wide_p) return call(nf4::adamw<float, __nv_bfloat16>);
-  if (wide_g) return call(nf4::adamw<__nv_bfloat16, float>);
-  return call(nf4::adamw<__nv_bfloat16, __nv_bfloat16>);
+extern "C" int nf4_adamw(const Nf4AdamwChunk* chunks, int64_t num_chunks, int first_page, int num_pages,
+                         void* const* pages, int64_t page_elements, const Nf4AdamwSetting* settings,
+                         int num_settings, const float* gradient_factor, cudaStream_t stream) {
+  if (num_chunks < 0 || num_chunks > INT32_MAX) return cudaErrorInvalidValue;
+  if (num_pages < 0 || num_pages > NF4_MOST_PAGES) return cudaErrorInvalidValue;
+  if (num_chunks == 0) return cudaSuccess;
+  nf4::Sweep sweep = {};
+  sweep.chunks = chunks;
+  sweep.gradient_factor = gradient_factor;
+  sweep.page_elements = page_elements;
+  sweep.first_page = first_page;
+  for (int i = 0; i < num_pages; ++i) sweep.pages[i] = static_cast<float*>(pages[i]);
+  for (int first = 0; first < num_settings; first += NF4_MOST_SETTINGS) {
+    sweep.first_setting = first;
+    for (int i = 0; i < NF4_MOST_SETTINGS && first + i < num_settings; ++i) {
+      sweep.steps[i] = nf4::step_of(settings[first + i]);
+    }
+    const int code = nf4::launch(nf4::adamw_kernel, dim3(static_cast<unsigned>(num_chunks)), nf4::kThreads, 0,
+                                 stream, false, sweep);
+    if (code != cudaSuccess) return code;
+  }
+  return cudaSuccess;
+}
+
+extern "C" int nf4_gradient_norm(const Nf4GradientChunk* chunks, int64_t num_chunks, float* sums_of_squares,
+                                 float* norm, cudaStream_t stream) {
+  if (num_chunks < 0 || num_chunks > INT32_MAX) return cudaErrorInvalidValue;
+  const int count = static_cast<int>(num_chunks);
+  if (count > 0) {
+    const int code = nf4::launch(nf4::squares_kernel, dim3(static_cast<unsigned>(count)), nf4::kThreads, 0,
+                                 stream, false, chunks, sums_of_squares);
+    if (code != cudaSuccess) return code;
+  }
+  return nf4::launch(nf4::norm_kernel, dim3(1), nf4::kNormThreads, 0, stream, false, sums_of_squares, count,
+                     norm);
 }

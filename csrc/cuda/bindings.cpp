@@ -76,21 +76,6 @@ void linear(uintptr_t x, int dtype, int64_t m, uintptr_t codes, uintptr_t absmax
                              rows, outputs, inputs, dtype, overlap, pointer<CUstream_st>(stream)));
 }
 
-void adamw(uintptr_t parameter, int parameter_dtype, uintptr_t gradient, int gradient_dtype,
-           uintptr_t exp_avg, uintptr_t exp_avg_sq, int64_t count, double lr, double beta1, double beta2,
-           double eps, double weight_decay, int64_t step, uintptr_t gradient_factor, uintptr_t stream) {
-  require(count >= 0, "count", "at least 0", count);
-  require(step >= 1, "step", "at least 1", step);
-  require(parameter_dtype == 0 || parameter_dtype == 1, "parameter_dtype", "0 (float32) or 1 (bfloat16)",
-          parameter_dtype);
-  require(gradient_dtype == 0 || gradient_dtype == 1, "gradient_dtype", "0 (float32) or 1 (bfloat16)",
-          gradient_dtype);
-  check("adamw",
-        nf4_adamw(pointer<void>(parameter), pointer<const void>(gradient), pointer<float>(exp_avg),
-                  pointer<float>(exp_avg_sq), count, parameter_dtype, gradient_dtype, lr, beta1, beta2, eps,
-                  weight_decay, step, pointer<const float>(gradient_factor), pointer<CUstream_st>(stream)));
-}
-
 // 0 where there is no driver.
 int driver_version() {
   int version = 0;
@@ -128,9 +113,7 @@ PYBIND11_MODULE(_cuda, m) {
         "stream"_a);
   m.def("linear", &linear, "x"_a, "dtype"_a, "m"_a, "codes"_a, "absmax"_a, "nested_absmax"_a,
         "nested_quant_map"_a, "nested_offset"_a, "n"_a, "k"_a, "bias"_a, "out"_a, "overlap"_a, "stream"_a);
-  m.def("adamw", &adamw, "parameter"_a, "parameter_dtype"_a, "gradient"_a, "gradient_dtype"_a, "exp_avg"_a,
-        "exp_avg_sq"_a, "count"_a, "lr"_a, "beta1"_a, "beta2"_a, "eps"_a, "weight_decay"_a, "step"_a,
-        "gradient_factor"_a, "stream"_a);
+  bind_adamw(m);
   bind_group(m);
   bind_training(m);
   m.def("driver_version", &driver_version);

@@ -63,9 +63,38 @@ int nf4_linear_few_rows(const Nf4Linear* linears, int num_weights, const void* x
 int nf4_linear_any_shape(const Nf4Weight* weight, const void* x, const void* bias, void* y, int num_tokens,
                          int n, int k, int dtype, int overlap, cudaStream_t stream);
 
-int nf4_adamw(void* parameter, const void* gradient, float* exp_avg, float* exp_avg_sq, int64_t count,
-              int parameter_dtype, int gradient_dtype, double lr, double beta1, double beta2, double eps,
-              double weight_decay, int64_t step, const float* gradient_factor, cudaStream_t stream);
+// Chunk i of a sweep of AdamW: `count` elements from a parameter and its gradient, float32 or bfloat16, whose
+// moments begin at element `at` of page `page`, and which of the settings holds for them.
+struct Nf4AdamwChunk {
+  void* parameter;
+  const void* gradient;
+  int32_t page, at, count;
+  uint16_t setting;
+  uint8_t parameter_dtype, gradient_dtype;
+};
+
+struct Nf4AdamwSetting {
+  double lr, beta1, beta2, eps, weight_decay;
+  int64_t step;  // from 1
+};
+
+struct Nf4GradientChunk {
+  const void* gradient;
+  int32_t count, dtype;
+};
+
+#define NF4_MOST_PAGES 256   // of one launch of AdamW: their addresses are kernel arguments
+#define NF4_MOST_SETTINGS 8  // of one launch; more take more launches
+
+// `chunks` lie on the device; those given must lie in pages first_page .. first_page + num_pages - 1, which
+// begin at `pages`. gradient_factor may be null; where it is not finite nothing is changed.
+int nf4_adamw(const Nf4AdamwChunk* chunks, int64_t num_chunks, int first_page, int num_pages,
+              void* const* pages, int64_t page_elements, const Nf4AdamwSetting* settings, int num_settings,
+              const float* gradient_factor, cudaStream_t stream);
+
+// The Euclidean norm of all chunks together to *norm; sums_of_squares is room for num_chunks numbers.
+int nf4_gradient_norm(const Nf4GradientChunk* chunks, int64_t num_chunks, float* sums_of_squares, float* norm,
+                      cudaStream_t stream);
 
 int nf4_rms_norm(const Nf4Rows* x, const Nf4Rows* residual, const Nf4Rows* sum, const void* weight,
                  const Nf4Rows* y, int num_rows, int size, float eps, int dtype, cudaStream_t stream);

@@ -9,6 +9,7 @@ may then start reading while that kernel ends.
 Raises CudaError where CUDA refuses, ValueError for a number out of range.
 """
 
+from collections.abc import Sequence
 from typing import TypedDict
 
 class CudaError(RuntimeError):
@@ -223,26 +224,32 @@ def lora_unpack(
     grad_b [r, n], which is scaled; written, or added to what is there.
     """
 
+ADAMW_PAGES: int  # the most pages of one call of adamw
+
 def adamw(
-    parameter: int,
-    parameter_dtype: int,
-    gradient: int,
-    gradient_dtype: int,
-    exp_avg: int,
-    exp_avg_sq: int,
-    count: int,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
+    chunks: int,
+    num_chunks: int,
+    first_page: int,
+    pages: Sequence[int],
+    page_elements: int,
+    settings: Sequence[Sequence[float]],
     gradient_factor: int,
     stream: int,
 ) -> None:
-    """One AdamW step over `count` elements; float32 or bfloat16 parameters and gradients, float32 moments.
+    """One AdamW step over chunks; float32 or bfloat16 parameters and gradients, float32 moments.
 
-    `step` counts from 1. The gradient is first multiplied by the float32 at gradient_factor, unless 0.
+    chunks: num_chunks of struct Nf4AdamwChunk (launchers.h) on the device, within pages first_page and on,
+        which begin at the addresses `pages`.
+    page_elements: where the second moments begin in a page.
+    settings: lr, beta1, beta2, eps, weight_decay and step, from 1, for each number that chunks name.
+    gradient_factor: address of a float32 that gradients are multiplied by first, unless 0; where it is not
+        finite, nothing is changed.
+    """
+
+def gradient_norm(chunks: int, num_chunks: int, sums_of_squares: int, norm: int, stream: int) -> None:
+    """The Euclidean norm of num_chunks of struct Nf4GradientChunk on the device, to the float32 at `norm`.
+
+    sums_of_squares is room for num_chunks float32.
     """
 
 def driver_version() -> int:

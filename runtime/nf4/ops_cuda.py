@@ -202,38 +202,6 @@ def linear_input_grad(grad: Tensor, *arguments: Any) -> Tensor:
     return total.to(grad.dtype).view(*grad.shape[:-1], in_features)
 
 
-def adamw(
-    parameter: Tensor,
-    gradient: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    *,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    step: int,
-) -> None:
-    """One AdamW step in place; all contiguous, of one size and on one GPU; moments float32, `step` from 1."""
-    with torch.cuda.device(parameter.device):
-        kernels().adamw(
-            parameter.data_ptr(),
-            DTYPE_CODES[parameter.dtype],
-            gradient.data_ptr(),
-            DTYPE_CODES[gradient.dtype],
-            exp_avg.data_ptr(),
-            exp_avg_sq.data_ptr(),
-            parameter.numel(),
-            lr,
-            *betas,
-            eps,
-            weight_decay,
-            step,
-            0,
-            torch.cuda.current_stream(parameter.device).cuda_stream,
-        )
-
-
 _constant: dict[int, int] = {}  # begin -> end of memory that no kernel writes
 
 

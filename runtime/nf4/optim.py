@@ -6,57 +6,60 @@ the moments of elements k*E .. (k+1)*E of that line, E = page_bytes / 8::
     page k, fp32   | exp_avg of E elements | exp_avg_sq of the same E elements |
 
 so a page belongs to many small parameters or a part of a large one. A step sweeps the pages, one
-in use and the next one arriving, and applies torch's own tensor operations, in the order in which
-torch.optim.AdamW applies them, to each piece of a parameter in the page. They are elementwise, so
-page size and budget do not change the result. Every other step sweeps backwards: what the last
-sweep left in the pool is used first, where a one-way sweep would find nothing of use there.
+in use and the next one arriving. On a CPU it applies torch's own tensor operations, in the order in
+which torch.optim.AdamW applies them, to each piece of a parameter in the page; on a GPU one kernel
+does that for all the pages that are there (`nf4.fused_adamw`). Everything is elementwise, so page
+size and budget do not change the result. Every other step sweeps backwards: what the last sweep left
+in the pool is used first, where a one-way sweep would find nothing of use there.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import ops_cuda
 from .errors import TrainError
+from .fused_adamw import ChunkTables, Piece, Setting
+from .loss_scale import LossScale
 from .pager import Pager
+
+if TYPE_CHECKING:
+    from .cuda_pager import CudaPager
 
 STATE_BYTES = 8  # of one element: two fp32 moments
 DEFAULT_PAGE_BYTES = 4 << 20  # large enough for full disk and PCIe speed, small enough for a tight budget
-
-
-class _Piece(NamedTuple):
-    """Elements [start, stop) of a parameter, whose moments begin at element `at` of a page."""
-
-    param: int
-    start: int
-    stop: int
-    at: int
+_DTYPES = (torch.float32, torch.bfloat16)
 
 
 class PagedAdamW(Optimizer):
-    """AdamW over fp32 parameters with paged state.
+    """AdamW with paged fp32 state, over fp32 or bf16 parameters.
 
-    Equal bit for bit to itself for every page size and budget, and to torch.optim.AdamW (no
-    amsgrad, `foreach` and `fused` off, as is torch's default on a CPU). All parameters are given at
-    construction. Call `close`, or drop the optimizer, to remove its page file.
+    Equal bit for bit to itself for every page size and budget. On a CPU and in fp32 also to
+    torch.optim.AdamW (no amsgrad, `foreach` and `fused` off, as is torch's default there); on a GPU
+    the kernel rounds a little otherwise. All parameters are given at construction. Call `close`, or
+    drop the optimizer, to give its memory and its page file back.
+
+    A GPU keeps state within the budget and sends the rest to pinned host memory (`nf4.cuda_pager`);
+    a CPU sends it to a file. On a GPU a step starts work and waits for nothing. It is fastest where
+    gradients stay where they are: `zero_grad(set_to_none=False)`.
 
     Args:
-        params: parameters or parameter groups, fp32, contiguous, all on one device. On a GPU all state is
-            resident and the update is one fused kernel a piece, which rounds a little otherwise than torch.
+        params: parameters or parameter groups, contiguous, all on one device. Gradients have the
+            parameter's type.
         lr, betas, eps, weight_decay: as torch.optim.AdamW; each may differ by group.
         page_bytes: bytes in a page, a multiple of 8.
-        budget_bytes: the most state kept in memory; None keeps all of it there.
-        backing: path of the page file; None takes a temporary one.
+        budget_bytes: the most state kept in memory, or on the GPU; None keeps all of it there.
+        backing: path of the page file; None takes a temporary one. Not for parameters on a GPU.
+        loss_scale: travels with the state; `nf4.step.train_step` uses it, `step` does not.
 
     Raises:
         TrainError: nothing to train, a parameter or setting that cannot be used, or no room for the
-            page file.
+            page file or the host memory.
     """
 
     def __init__(
@@ -70,48 +73,71 @@ class PagedAdamW(Optimizer):
         page_bytes: int = DEFAULT_PAGE_BYTES,
         budget_bytes: int | None = None,
         backing: str | os.PathLike[str] | None = None,
+        loss_scale: LossScale | None = None,
     ) -> None:
         given: list[Any] = list(params)
         if not given:
             raise TrainError("", "nothing to train: the optimizer got no parameters")
         if page_bytes < STATE_BYTES or page_bytes % STATE_BYTES:
             raise TrainError("", "bad page size", expected=f"a multiple of {STATE_BYTES}", got=page_bytes)
-        self._pager: Pager | None = None
+        self._pager: Pager | CudaPager | None = None
         super().__init__(given, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         for group in self.param_groups:
             _check_settings(group)
         self._line = [(group, p) for group in self.param_groups for p in group["params"]]
-        device = self._line[0][1].device
-        for index, (_, p) in enumerate(self._line):
-            if p.dtype != torch.float32 or not p.is_contiguous() or p.device != device:
+        self._params = [p for _, p in self._line]
+        device = self._params[0].device
+        for index, p in enumerate(self._params):
+            if p.dtype not in _DTYPES or not p.is_contiguous() or p.device != device:
                 raise TrainError(
                     "",
                     f"parameter {index} cannot be trained",
-                    expected=f"contiguous float32 on {device}",
+                    expected=f"contiguous float32 or bfloat16 on {device}",
                     got=f"{p.dtype} on {p.device}, strides {tuple(p.stride())}",
                 )
+        self.loss_scale = loss_scale
+        self._steps = [0] * len(self._params)  # updates that each parameter has had
         self._page_elements = page_bytes // STATE_BYTES
-        self._pieces = _cut([p.numel() for _, p in self._line], self._page_elements)
-        most = max(p.numel() for _, p in self._line)
-        self._scratch = torch.empty(min(self._page_elements, most), device=device)
+        self._pieces = _cut([p.numel() for p in self._params], self._page_elements)
         self._backwards = False
-        if device.type == "cuda" and budget_bytes is not None:
-            remedy = "leave the budget out, or train on the CPU"
-            raise TrainError("", "optimizer state on a GPU is not paged in this version", remedy=remedy)
-        self._pager = Pager(
-            len(self._pieces), page_bytes, budget_bytes=budget_bytes, backing=backing, device=device
-        )
+        self._tables: ChunkTables | None = None
+        if device.type == "cuda":
+            if backing is not None:
+                remedy = "leave the page file out: state of a GPU is paged to host memory"
+                raise TrainError(backing, "page file for parameters on a GPU", remedy=remedy)
+            from .cuda_pager import CudaPager
+
+            self._tables = ChunkTables(self._params, self._pieces, self._page_elements)
+            self._pager = CudaPager(len(self._pieces), page_bytes, budget_bytes=budget_bytes, device=device)
+        else:
+            self._pager = Pager(len(self._pieces), page_bytes, budget_bytes=budget_bytes, backing=backing)
 
     @property
-    def pager(self) -> Pager:
+    def pager(self) -> Pager | CudaPager:
         """The pages, with their counters."""
         if self._pager is None:
             raise RuntimeError("the optimizer is not built yet")
         return self._pager
 
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self._params[0].device
+
     def close(self) -> None:
         """Give the state back and remove the page file."""
         self.pager.close()
+
+    def release_memory(self) -> int:
+        """Under memory pressure: send all state but a few pages from the GPU to the host, for good.
+
+        Returns:
+            The bytes that went back to the GPU's allocator; 0 on a CPU.
+
+        Raises:
+            TrainError: the host has no memory for the pages.
+        """
+        return 0 if isinstance(self.pager, Pager) else self.pager.shrink()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Only during construction: a later group would change where every page begins."""
@@ -120,34 +146,69 @@ class PagedAdamW(Optimizer):
         super().add_param_group(param_group)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update every parameter that has a gradient.
+    def gradient_norm(self) -> Tensor:
+        """The Euclidean norm of all gradients, float32 without shape, on their device; nothing waits.
 
         Raises:
-            TrainError: the page file failed.
+            TrainError: a gradient that cannot be used.
+        """
+        if self._tables is None:
+            return torch.nn.utils.get_total_norm([p.grad for p in self._params if p.grad is not None])
+        self._follow(self._gradients())
+        return self._tables.gradient_norm()
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], float] | None = None, *, gradient_factor: Tensor | None = None
+    ) -> float | None:
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: as in torch.
+            gradient_factor: float32 without shape, on the parameters' device; gradients count times
+                this. Where it is not finite, parameters and moments stay as they are; on a GPU, where
+                nobody waits to see that, the step is counted all the same.
+
+        Raises:
+            TrainError: the page file failed, or a gradient cannot be used.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        updates: dict[int, _Update] = {}
-        for index, (group, p) in enumerate(self._line):
-            if p.grad is not None:
-                state = self.state[p]
-                if not state:
-                    state["step"] = torch.tensor(0.0)
-                state["step"] += 1
-                updates[index] = _Update(p, group, state["step"].item())
+        if self._tables is None and gradient_factor is not None and not gradient_factor.isfinite():
+            return loss
+        gradients = self._gradients()
+        for index, gradient in enumerate(gradients):
+            self._steps[index] += gradient is not None
+        if self._tables is None:
+            self._update_on_cpu(gradients, gradient_factor)
+        else:
+            self._update_on_gpu(gradients, gradient_factor, self._tables)
+        self._backwards = not self._backwards
+        return loss
+
+    def _gradients(self) -> list[Tensor | None]:
+        gradients = [p.grad for p in self._params]
+        if any(g is not None and g.layout is not torch.strided for g in gradients):
+            raise TrainError("", "sparse gradients are not supported")
+        return [None if g is None else g.contiguous() for g in gradients]
+
+    def _in_sweep_order(self, pages: list[int]) -> list[int]:
+        return pages[::-1] if self._backwards else pages
+
+    def _update_on_cpu(self, gradients: list[Tensor | None], factor: Tensor | None) -> None:
+        updates = {
+            index: _Update(p, gradient, factor, group, self._steps[index])
+            for index, ((group, p), gradient) in enumerate(zip(self._line, gradients, strict=True))
+            if gradient is not None
+        }
         pages = [
             k for k, pieces in enumerate(self._pieces) if any(piece.param in updates for piece in pieces)
         ]
-        if self._backwards:
-            pages.reverse()
-        self._backwards = not self._backwards
-        for position, k in enumerate(pages):
-            with self.pager.page(k) as page:
-                if position + 1 < len(pages):
-                    self.pager.prefetch(pages[position + 1])
+        scratch = torch.empty(min(self._page_elements, max(p.numel() for p in self._params)))
+        for here in self.pager.sweep(self._in_sweep_order(pages)):
+            for k, page in here:
                 exp_avg, exp_avg_sq = page.view(torch.float32).view(2, -1)
                 for piece in self._pieces[k]:
                     if piece.param in updates:
@@ -156,22 +217,67 @@ class PagedAdamW(Optimizer):
                             piece,
                             exp_avg.narrow(0, piece.at, size),
                             exp_avg_sq.narrow(0, piece.at, size),
-                            self._scratch.narrow(0, 0, size),
+                            scratch.narrow(0, 0, size),
                         )
-        return loss
+
+    def _follow(self, gradients: list[Tensor | None]) -> None:
+        """Bring the tables up to date: parameters of one group and one step count share a setting."""
+        assert self._tables is not None
+        if not self._tables.follow(gradients):
+            return
+        numbers: dict[tuple[int, int], int] = {}
+        self._sharers: list[int] = []  # one parameter for each setting
+        settings = [0] * len(self._params)
+        for index, (group, _) in enumerate(self._line):
+            if gradients[index] is not None:
+                key = (id(group), self._steps[index])
+                if key not in numbers:
+                    numbers[key] = len(numbers)
+                    self._sharers.append(index)
+                settings[index] = numbers[key]
+        self._tables.assign(settings)
+        self._pages_in_use = self._tables.pages()
+
+    def _update_on_gpu(
+        self, gradients: list[Tensor | None], factor: Tensor | None, tables: ChunkTables
+    ) -> None:
+        self._follow(gradients)
+        settings = []
+        for index in self._sharers:
+            group = self._line[index][0]
+            beta1, beta2 = group["betas"]
+            step = self._steps[index]
+            settings.append(Setting(group["lr"], beta1, beta2, group["eps"], group["weight_decay"], step))
+        for pages in self.pager.sweep(self._in_sweep_order(self._pages_in_use)):
+            tables.update(pages, settings, factor)
 
     def state_dict(self) -> dict[str, Any]:
-        """Copies in torch.optim.AdamW's layout: step, exp_avg and exp_avg_sq of each parameter."""
+        """Copies in torch.optim.AdamW's layout: step, exp_avg and exp_avg_sq of each parameter.
+
+        Beside them "loss_scale", where there is one.
+        """
         saved = super().state_dict()
-        for index, state in saved["state"].items():
-            p = self._line[index][1]
-            moments = torch.empty(2, p.numel())
-            self._transfer(index, moments, into_pages=False)
-            saved["state"][index] = {
-                "step": state["step"].clone(),
-                "exp_avg": moments[0].view_as(p),
-                "exp_avg_sq": moments[1].view_as(p),
-            }
+        if self.loss_scale is not None:
+            saved["loss_scale"] = self.loss_scale.state_dict()
+        moments = [
+            torch.empty(2, p.numel()) if step else None
+            for p, step in zip(self._params, self._steps, strict=True)
+        ]
+        for pages in self.pager.sweep(list(range(len(self._pieces))), write=False):
+            for k, page in pages:
+                state = page.cpu().view(torch.float32).view(2, -1)
+                for param, start, stop, at in self._pieces[k]:
+                    flat = moments[param]
+                    if flat is not None:
+                        flat[:, start:stop] = state[:, at : at + stop - start]
+        for index, flat in enumerate(moments):
+            if flat is not None:
+                shape = self._params[index].shape
+                saved["state"][index] = {
+                    "step": torch.tensor(float(self._steps[index])),
+                    "exp_avg": flat[0].view(shape),
+                    "exp_avg_sq": flat[1].view(shape),
+                }
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -181,71 +287,65 @@ class PagedAdamW(Optimizer):
             TrainError: moments that are missing, have another shape, or belong to amsgrad.
             ValueError: other parameter groups than ours.
         """
-        steps = {index: {"step": _step_of(state)} for index, state in state_dict["state"].items()}
-        for index, state in state_dict["state"].items():
+        states: dict[int, dict[str, Any]] = state_dict["state"]
+        for index, state in states.items():
             if index not in range(len(self._line)):
                 raise TrainError("", "optimizer state of an unknown parameter", got=index)
-            _check_state(index, state, self._line[index][1])
-        super().load_state_dict({**state_dict, "state": steps})
+            _check_state(index, state, self._params[index])
+        super().load_state_dict({**state_dict, "state": {}})
         # torch's loader makes new group dictionaries; the line must follow them to see their rates.
         self._line = [(group, p) for group in self.param_groups for p in group["params"]]
-        for index, (_, p) in enumerate(self._line):
-            state = state_dict["state"].get(index)
-            moments = torch.zeros(2, p.numel())
-            if state is not None:
-                moments[0] = state["exp_avg"].reshape(-1)
-                moments[1] = state["exp_avg_sq"].reshape(-1)
-            self._transfer(index, moments, into_pages=True)
-
-    def _transfer(self, index: int, moments: Tensor, *, into_pages: bool) -> None:
-        """Copy one parameter's moments, fp32 [2, n], into its pages or out of them."""
-        for k, pieces in enumerate(self._pieces):
-            for piece in pieces:
-                if piece.param == index:
-                    with self.pager.page(k, write=into_pages) as page:
-                        state = page.view(torch.float32).view(2, -1)
-                        paged = state[:, piece.at : piece.at + piece.stop - piece.start]
-                        flat = moments[:, piece.start : piece.stop]
-                        if into_pages:
-                            paged.copy_(flat)
-                        else:
-                            flat.copy_(paged)
+        for index in range(len(self._params)):
+            self._steps[index] = round(float(states.get(index, {}).get("step", 0)))
+        if self.loss_scale is not None and "loss_scale" in state_dict:
+            self.loss_scale.load_state_dict(state_dict["loss_scale"])
+        if self._tables is not None:
+            self._tables.forget()  # which parameters share a setting
+        for pages in self.pager.sweep(list(range(len(self._pieces)))):
+            for k, page in pages:
+                moments = torch.zeros(2, self._page_elements)
+                for param, start, stop, at in self._pieces[k]:
+                    if param in states:
+                        for row, name in enumerate(("exp_avg", "exp_avg_sq")):
+                            flat = states[param][name].reshape(-1)
+                            moments[row, at : at + stop - start] = flat[start:stop]
+                page.copy_(moments.view(-1).view(torch.uint8))
 
 
 class _Update:
-    """One parameter's AdamW update of this step, applied piece by piece."""
+    """One parameter's AdamW update of this step on a CPU, applied piece by piece."""
 
-    def __init__(self, p: Tensor, group: dict[str, Any], step: float) -> None:
-        if p.grad is None or p.grad.is_sparse:
-            raise TrainError("", "sparse gradients are not supported")
-        self.param = p.view(-1)
-        self.grad = p.grad.reshape(-1)
-        self.group, self.step = group, round(step)
+    def __init__(
+        self, p: Tensor, gradient: Tensor, factor: Tensor | None, group: dict[str, Any], step: int
+    ) -> None:
+        self.param, self.grad = p.view(-1), gradient.view(-1)
+        self.factor = None if factor is None or factor == 1 else factor
         self.beta1, self.beta2 = group["betas"]
         self.eps = group["eps"]
         self.decay = 1 - group["lr"] * group["weight_decay"] if group["weight_decay"] else None
         self.step_size = group["lr"] / (1 - self.beta1**step)
         self.correction2_sqrt = (1 - self.beta2**step) ** 0.5
 
-    def apply(self, piece: _Piece, exp_avg: Tensor, exp_avg_sq: Tensor, scratch: Tensor) -> None:
+    def apply(self, piece: Piece, exp_avg: Tensor, exp_avg_sq: Tensor, scratch: Tensor) -> None:
         """The operations and their order are torch's: reordering them changes last bits."""
-        param = self.param[piece.start : piece.stop]
-        grad = self.grad[piece.start : piece.stop]
-        if param.is_cuda:
-            settings = {key: self.group[key] for key in ("lr", "betas", "eps", "weight_decay")}
-            ops_cuda.adamw(param, grad, exp_avg, exp_avg_sq, **settings, step=self.step)
-            return
+        stored = self.param[piece.start : piece.stop]
+        param = stored.float()  # itself, where it is fp32
+        grad = self.grad[piece.start : piece.stop].float()
+        if self.factor is not None:
+            grad = grad * self.factor
         if self.decay is not None:
             param.mul_(self.decay)
         exp_avg.lerp_(grad, 1 - self.beta1)
         exp_avg_sq.mul_(self.beta2).addcmul_(grad, grad, value=1 - self.beta2)
         denominator = torch.sqrt(exp_avg_sq, out=scratch).div_(self.correction2_sqrt).add_(self.eps)
         param.addcdiv_(exp_avg, denominator, value=-self.step_size)
+        if param is not stored:
+            stored.copy_(param)
 
 
-def _cut(sizes: list[int], page_elements: int) -> list[list[_Piece]]:
+def _cut(sizes: list[int], page_elements: int) -> list[list[Piece]]:
     """Lay parameters of these sizes end to end and cut the line into pages."""
-    pages: list[list[_Piece]] = [[]]
+    pages: list[list[Piece]] = [[]]
     at = 0
     for index, size in enumerate(sizes):
         start = 0
@@ -254,7 +354,7 @@ def _cut(sizes: list[int], page_elements: int) -> list[list[_Piece]]:
                 pages.append([])
                 at = 0
             stop = min(size, start + page_elements - at)
-            pages[-1].append(_Piece(index, start, stop, at))
+            pages[-1].append(Piece(index, start, stop, at))
             at += stop - start
             start = stop
     return pages
@@ -270,10 +370,6 @@ def _check_settings(group: dict[str, Any]) -> None:
     for name, (value, good, expected) in limits.items():
         if not good:
             raise TrainError("", f"bad {name}", expected=expected, got=value)
-
-
-def _step_of(state: dict[str, Any]) -> Tensor:
-    return torch.as_tensor(state.get("step", 0.0), dtype=torch.float32).clone()
 
 
 def _check_state(index: int, state: dict[str, Any], p: Tensor) -> None:

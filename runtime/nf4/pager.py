@@ -12,8 +12,8 @@ that is not pinned leaves its slot: written to the store if it changed, then the
 `prefetch` overlaps them with the caller's arithmetic and a page evicted and wanted again at once is
 read after it was written. With no budget every page has a slot, and there is no store and no thread.
 
-The pool is plain memory of one device; what lies behind it is any `PageStore`. Here that is a file;
-a pool on a GPU over pinned host memory is another store and another device, the table is the same.
+What lies behind the pool is any `PageStore`; here that is a file. State on a GPU has a pager of its own,
+`nf4.cuda_pager`, because there streams and events do what the worker thread does here.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
+import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -123,12 +124,14 @@ def _remove(fd: int, path: Path | None) -> None:
 
 @dataclass
 class PagerStats:
-    """Counters since the pager was made. A hit is a page found in the pool, prefetched ones included."""
+    """Counters since the pager was made. A hit is a page found in the pool, prefetched ones included; the
+    stall time is what the arithmetic waited for pages on their way."""
 
     hits: int = 0
     misses: int = 0
     bytes_in: int = 0
     bytes_out: int = 0
+    stall_seconds: float = 0.0
 
 
 @dataclass
@@ -137,6 +140,23 @@ class _Resident:
     pins: int = 0
     dirty: bool = False
     arrival: Future[None] | None = field(default=None)
+
+
+def slots_within(num_pages: int, page_bytes: int, budget_bytes: int | None) -> int:
+    """How many pages a pool of that budget holds; None holds all.
+
+    Raises:
+        TrainError: not one.
+    """
+    if budget_bytes is not None and budget_bytes < page_bytes:
+        raise TrainError(
+            "",
+            "page budget is smaller than one page",
+            expected=f"at least {page_bytes} bytes",
+            got=budget_bytes,
+            remedy="raise the budget or make pages smaller",
+        )
+    return num_pages if budget_bytes is None else min(num_pages, budget_bytes // page_bytes)
 
 
 class Pager:
@@ -151,7 +171,6 @@ class Pager:
         budget_bytes: the most the pool may hold; None keeps every page resident.
         backing: path of the file behind the pool (see `FileStore`); None takes a temporary file.
         store: memory behind the pool, instead of a file; closed with the pager.
-        device: where the pool lives.
 
     Raises:
         TrainError: the budget is smaller than one page, or the file cannot be made.
@@ -165,21 +184,12 @@ class Pager:
         budget_bytes: int | None = None,
         backing: str | os.PathLike[str] | None = None,
         store: PageStore | None = None,
-        device: torch.device | str = "cpu",
     ) -> None:
-        if budget_bytes is not None and budget_bytes < page_bytes:
-            raise TrainError(
-                "",
-                "page budget is smaller than one page",
-                expected=f"at least {page_bytes} bytes",
-                got=budget_bytes,
-                remedy="raise the budget or make pages smaller",
-            )
-        slots = num_pages if budget_bytes is None else min(num_pages, budget_bytes // page_bytes)
+        slots = slots_within(num_pages, page_bytes, budget_bytes)
         self.num_pages = num_pages
         self.page_bytes = page_bytes
         self.stats = PagerStats()
-        self._pool = torch.zeros(slots, page_bytes, dtype=torch.uint8, device=device)
+        self._pool = torch.zeros(slots, page_bytes, dtype=torch.uint8)
         self._free = list(range(slots))
         self._table: OrderedDict[int, _Resident] = OrderedDict()  # least recently used first
         self._stored: set[int] = set()
@@ -220,8 +230,10 @@ class Pager:
         entry = self._table[index]
         self._table.move_to_end(index)
         if entry.arrival is not None:
+            began = time.perf_counter()
             entry.arrival.result()
             entry.arrival = None
+            self.stats.stall_seconds += time.perf_counter() - began
         entry.pins += 1
         entry.dirty |= write
         try:
@@ -233,6 +245,22 @@ class Pager:
         """Start bringing a page in, without waiting; does nothing where every slot is pinned."""
         if index not in self._table:
             self._admit(index)
+
+    def sweep(self, order: Sequence[int], *, write: bool = True) -> Iterator[list[tuple[int, Tensor]]]:
+        """The pages in this order, one at a time, while the next one arrives: [(number, uint8 [page_bytes])].
+
+        Args:
+            order: page numbers.
+            write: whether the caller changes the pages.
+
+        Raises:
+            TrainError: the store failed.
+        """
+        for position, index in enumerate(order):
+            with self.page(index, write=write) as page:
+                if position + 1 < len(order):
+                    self.prefetch(order[position + 1])
+                yield [(index, page)]
 
     def close(self) -> None:
         """Finish transfers and remove the file; the pages are gone."""

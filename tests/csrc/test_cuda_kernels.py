@@ -6,11 +6,13 @@ Outputs are poisoned and lie between guards; sizes are ragged, ranges and pointe
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
 import torch
 
+from nf4.fused_adamw import ChunkTables, Piece, Setting
 from nf4format import blocks
 from nf4format.blocks import Dtype, PackedTensor
 from nf4format.codebook import NESTED_MAP, NF4_LEVELS
@@ -209,22 +211,30 @@ def test_adamw_against_torch(count: int, parameter: torch.dtype, gradient: torch
         ours = torch.randn(count + shift, device="cuda").to(parameter)[shift:]
         reference = ours.float().clone().requires_grad_()
         optimizer = torch.optim.AdamW([reference], lr=1e-2, weight_decay=0.1, foreach=False)
-        m, v = torch.zeros(2, count, device="cuda")
+        page = torch.zeros(8 * (count + shift), dtype=torch.uint8, device="cuda")
+        m, v = (row[shift:] for row in page.view(torch.float32).view(2, -1))
+        tables = ChunkTables([ours], [[Piece(0, 0, count, shift)]], count + shift)
         factor = torch.tensor([0.37], device="cuda")
         for step in range(1, 6):
             g = (torch.randn(count + shift, device="cuda") * 3).to(gradient)[shift:]
             reference.grad = g.float() * factor
             optimizer.step()
             reference.data.copy_(reference.data.to(parameter).float())
-            codes = [(tensor.data_ptr(), int(tensor.dtype == torch.bfloat16)) for tensor in (ours, g)]
-            _cuda.adamw(
-                *codes[0], *codes[1], m.data_ptr(), v.data_ptr(), count,
-                1e-2, 0.9, 0.999, 1e-8, 0.1, step, factor.data_ptr(), stream(),
-            )  # fmt: skip
+            tables.follow([g])
+            tables.assign([0])
+            tables.update([(0, page)], [Setting(1e-2, 0.9, 0.999, 1e-8, 0.1, step)], factor)
+            assert abs(tables.gradient_norm() / g.double().norm() - 1) < 1e-6
         error = (ours.double() - reference.detach().double()).norm() / reference.detach().double().norm()
         assert error < (1e-6 if parameter == torch.float32 else 1e-3)
         assert (m - optimizer.state[reference]["exp_avg"]).abs().max() < 1e-5
         assert (v - optimizer.state[reference]["exp_avg_sq"]).abs().max() < 1e-5
+        before = [ours.clone(), page.clone()]
+        for bad in (math.nan, math.inf):
+            tables.update(
+                [(0, page)], [Setting(1e-2, 0.9, 0.999, 1e-8, 0.1, 6)], torch.full_like(factor, bad)
+            )
+        assert torch.equal(ours, before[0])
+        assert torch.equal(page, before[1])
 
 
 def test_numbers_out_of_range_are_refused() -> None:
@@ -235,7 +245,9 @@ def test_numbers_out_of_range_are_refused() -> None:
     with pytest.raises(ValueError, match="m: expected 1 to 65535, got 0"):
         _cuda.linear(0, 0, 0, 0, 0, 0, 0, 0.0, 1, 1, 0, 0, False, 0)
     with pytest.raises(ValueError, match="step: expected at least 1, got 0"):
-        _cuda.adamw(0, 0, 0, 0, 0, 0, 1, 0.0, 0.0, 0.0, 0.0, 0.0, 0, 0, 0)
+        _cuda.adamw(0, 0, 0, [], 0, [(0.0, 0.0, 0.0, 0.0, 0.0, 0)], 0, 0)
+    with pytest.raises(ValueError, match="pages: expected at most 256, got 257"):
+        _cuda.adamw(0, 0, 0, [0] * 257, 0, [(0.0, 0.0, 0.0, 0.0, 0.0, 1)], 0, 0)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here CUDA has nothing to refuse")

@@ -185,27 +185,6 @@ def measure_shape(n: int, k: int, copy: float, bnb: Any) -> list[Row]:
     return rows
 
 
-def measure_adamw(copy: float) -> list[Row]:
-    """AdamW over fp32 parameters beside torch's fused kernel."""
-    rows: list[Row] = []
-    for count in (1 << 20, 1 << 26):
-        p, g, m, v = (torch.rand(count, device="cuda") for _ in range(4))
-        addresses = (p.data_ptr(), 0, g.data_ptr(), 0, m.data_ptr(), v.data_ptr())
-
-        def step(i: int, addresses: tuple[int, ...] = addresses, count: int = count) -> None:
-            stream = torch.cuda.current_stream().cuda_stream
-            _cuda.adamw(*addresses, count, 1e-3, 0.9, 0.999, 1e-8, 0.01, 3, 0, stream)
-
-        ours = replay_time(step, 1, repeats=10)
-        parameter = p.clone().requires_grad_()
-        parameter.grad = g
-        optimizer = torch.optim.AdamW([parameter], lr=1e-3, fused=True, capturable=True)
-        optimizer.step()
-        theirs = replay_time(lambda i, optimizer=optimizer: optimizer.step(), 1, repeats=10)
-        rows.append([f"AdamW, {count:,} elements", ours, 28e6 * count / ours / copy, theirs, theirs / ours])
-    return rows
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--json", help="write the table here")
@@ -221,7 +200,6 @@ def main() -> None:
     for n, k in SHAPES:
         rows += measure_shape(n, k, copy, bnb)
         torch.cuda.empty_cache()
-    rows += measure_adamw(copy)
     facts = {"GPU": torch.cuda.get_device_name(), **machine("torch", "bitsandbytes")}
     facts["nvcc"] = _cuda.build_info()["nvcc"]
     report = Report(
@@ -231,9 +209,9 @@ def main() -> None:
         facts,
         [
             f"Limits in this run: copy {copy / 1e9:,.0f} GB/s, bf16 product {matmul / 1e12:,.0f} TFLOP/s.",
-            "Decoding and AdamW: share of the copy limit, more is better. Products: time over cuBLAS with"
+            "Decoding: share of the copy limit, more is better. Products: time over cuBLAS with"
             " bfloat16 weights, less is better. Many rows: decoding into one workspace, then cuBLAS.",
-            "Peer: bitsandbytes, for AdamW torch's fused one.",
+            "Peer: bitsandbytes.",
         ],
     )
     report.finish(arguments.json)
