@@ -80,9 +80,9 @@ class Batch:
     attention_mask: Tensor | None
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on a device."""
-        mask = None if self.attention_mask is None else self.attention_mask.to(device)
-        return Batch(self.input_ids.to(device), self.labels.to(device), mask)
+        """The same batch on a device; nothing waits for the copy."""
+        mask = None if self.attention_mask is None else send(self.attention_mask, device)
+        return Batch(send(self.input_ids, device), send(self.labels, device), mask)
 
     @property
     def num_labels(self) -> int:
@@ -93,6 +93,13 @@ class Batch:
     def num_tokens(self) -> int:
         """Tokens without the padding."""
         return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device. To a GPU by way of pinned memory: other copies would wait for all its work."""
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def load_dataset(paths: Iterable[str | Path], tokenizer: TextEncoder, seq_len: int) -> Dataset:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import fused
-from .data import IGNORED
+from .data import IGNORED, send
 
 LOGIT_BYTES = 8 << 20  # logits of a chunk in fp32: within a CPU's caches, yet enough rows for matrix products
 CUDA_LOGIT_BYTES = (
@@ -29,13 +29,15 @@ Head = Callable[[Tensor], Tensor]
 def labelled_positions(hidden_BTH: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
     """Hidden states that predict a label, [N, H], and those labels, [N].
 
-    The state at position t predicts the token at t + 1; labels stand at their own position.
+    The state at position t predicts the token at t + 1; labels stand at their own position. They may be on
+    the CPU while the states are on a GPU: then nothing waits for the GPU to count them.
     """
     targets = labels_BT[:, 1:]
     wanted = targets != IGNORED
     batch, length = labels_BT.shape
     at_BT = torch.arange(batch * length, device=labels_BT.device).view(batch, length)
-    return _Rows.apply(hidden_BTH.flatten(0, 1), at_BT[:, :-1][wanted]), targets[wanted]
+    rows, device = at_BT[:, :-1][wanted], hidden_BTH.device
+    return _Rows.apply(hidden_BTH.flatten(0, 1), send(rows, device)), send(targets[wanted], device)
 
 
 class _Rows(torch.autograd.Function):

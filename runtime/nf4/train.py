@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,10 +18,13 @@ from .data import Batch, Dataset, TextEncoder, example_order, load_dataset, make
 from .decoder import CausalLM
 from .errors import TrainError
 from .lora import LoraConfig, add_lora
-from .loss import backward_loss, labelled_positions, loss_sum
+from .loss import labelled_positions, loss_sum
+from .loss_scale import LossScale
 from .optim import DEFAULT_PAGE_BYTES, PagedAdamW
-from .runlog import RunLog, StopRequest, memory_bytes
+from .progress import StepNumbers, StepReports, TrainSummary
+from .runlog import RunLog, StopRequest
 from .schedule import SCHEDULES, rate_factor
+from .step import not_finite, train_step
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,8 @@ class TrainOptions:
         clip: the most the gradient's norm may be; 0 leaves it alone.
         eval_data, eval_fraction: text or JSONL to evaluate on, or a share of `data` kept apart for it.
         eval_every: steps between evaluations; 0 evaluates at the start and the end only.
-        page_budget: bytes of optimizer state kept in memory; None keeps all. page_file: where the rest
-            goes; None takes a temporary file.
+        page_budget: bytes of optimizer state kept in memory, or on the GPU; None keeps all. page_file:
+            where the rest goes on a CPU; None takes a temporary file. On a GPU it goes to host memory.
         log: JSONL file; None takes `out` with .jsonl behind its name.
         force: replace an adapter and a log that are there already.
     """
@@ -74,30 +76,6 @@ class TrainOptions:
     @property
     def log_path(self) -> Path:
         return self.log or self.out.with_name(f"{self.out.name}.jsonl")
-
-
-@dataclass
-class TrainSummary:
-    """How a run went.
-
-    Attributes:
-        steps, tokens: optimizer steps done, and tokens that went through the model for them.
-        seconds: spent in these steps, evaluations and saves not counted.
-        evaluations: step -> mean negative log-likelihood, in nats, on the evaluation data.
-        stopped_by: name of the signal that ended the run early, or None.
-    """
-
-    out: Path
-    log: Path
-    steps: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    evaluations: dict[int, float] = field(default_factory=dict)
-    stopped_by: str | None = None
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / self.seconds if self.seconds else 0.0
 
 
 def train(
@@ -139,6 +117,7 @@ def train(
         page_bytes=_page_bytes(options.page_budget),
         budget_bytes=options.page_budget,
         backing=options.page_file,
+        loss_scale=LossScale() if model.dtype == torch.float16 else None,
     )
     say(f"training {sum(p.numel() for p in parameters):,} parameters for {plan.steps} steps")
     summary = TrainSummary(options.out, options.log_path)
@@ -147,7 +126,7 @@ def train(
         if evaluation is not None and step not in summary.evaluations:
             loss = evaluate(model, evaluation, options.batch)
             if not math.isfinite(loss):
-                raise _not_finite("evaluation loss", step, loss)
+                raise not_finite("evaluation loss", step, loss)
             summary.evaluations[step] = loss
             log.write(step=step, eval_loss=loss, eval_perplexity=perplexity_of(loss))
             say(f"step {step}: evaluation loss {loss:.4f}, perplexity {perplexity_of(loss):.2f}")
@@ -160,40 +139,37 @@ def train(
         ):
             evaluate_now(0)
             model.train()
+            reports = StepReports(summary, log, bar, optimizer)
             for step, micro_batches in enumerate(plan, 1):
-                began = time.perf_counter()
                 rate = options.lr * rate_factor(
                     step - 1, steps=plan.steps, warmup=options.warmup, schedule=options.schedule
                 )
-                loss, norm = train_step(
-                    model, optimizer, micro_batches, rate=rate, clip=options.clip, step=step
-                )
-                elapsed = time.perf_counter() - began
-
                 tokens = sum(batch.num_tokens for batch in micro_batches)
-                summary.steps, summary.tokens = step, summary.tokens + tokens
-                summary.seconds += elapsed
-                memory = memory_bytes()
-                log.write(
+                numbers = StepNumbers(step, tokens, rate, optimizer)
+                loss, norm = train_step(
+                    model,
+                    optimizer,
+                    micro_batches,
+                    rate=rate,
+                    clip=options.clip,
                     step=step,
-                    loss=loss,
-                    lr=rate,
-                    grad_norm=norm,
-                    tokens=summary.tokens,
-                    tokens_per_second=round(tokens / elapsed, 1),
-                    memory_bytes=memory,
+                    before_update=reports.catch_up,
                 )
-                bar.update()
-                bar.set_postfix_str(
-                    f"loss {loss:.3f}, {summary.tokens_per_second:,.0f} tokens/s, {memory / 2**20:,.0f} MiB"
-                )
+                numbers.send(loss, norm)
+                reports.add(numbers)
+                is_evaluated = options.eval_every and step % options.eval_every == 0
+                is_saved = options.save_every and step % options.save_every == 0
+                # A GPU's numbers are read when the next step is under way, unless something hangs on them.
+                if model.device.type == "cpu" or stop.signal is not None or is_evaluated or is_saved:
+                    reports.catch_up()
                 if stop.signal is not None:
                     summary.stopped_by = stop.signal.name
                     break
-                if options.eval_every and step % options.eval_every == 0:
+                if is_evaluated:
                     evaluate_now(step)
-                if options.save_every and step % options.save_every == 0:
+                if is_saved:
                     save_adapter(model, options.out)
+            reports.catch_up()
             save_adapter(model, options.out)
             if summary.stopped_by is None:
                 evaluate_now(summary.steps)
@@ -201,37 +177,6 @@ def train(
         optimizer.close()
         model.eval()
     return summary
-
-
-def train_step(
-    model: CausalLM, optimizer: PagedAdamW, batches: list[Batch], *, rate: float, clip: float, step: int
-) -> tuple[float, float]:
-    """One optimizer step over its micro-batches: (mean loss a labelled token, gradient norm before clipping).
-
-    Both are normalised by the labelled tokens of the whole step, so 1 x 8 sequences and 8 x 1 agree.
-
-    Raises:
-        TrainError: loss or gradient is not finite; the parameters are as before the step.
-    """
-    labels = sum(batch.num_labels for batch in batches)
-    total = 0.0
-    for number, batch in enumerate(batches, 1):
-        moved = batch.to(model.device)
-        hidden = model.hidden_states(moved.input_ids, moved.attention_mask)
-        states, targets = labelled_positions(hidden, moved.labels)
-        loss = backward_loss(model.head, states, targets, model.config.vocab_size, scale=1 / labels).item()
-        if not math.isfinite(loss):
-            raise _not_finite(f"loss, micro-batch {number} of {len(batches)},", step, loss)
-        total += loss
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, clip or math.inf).item()
-    if not math.isfinite(norm):
-        raise _not_finite("gradient norm", step, norm)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=False)  # the buffers are needed again at once
-    return total / labels, norm
 
 
 def evaluate(model: CausalLM, dataset: Dataset, batch_size: int) -> float:
@@ -355,12 +300,3 @@ def _check_fit(model: CausalLM, options: TrainOptions, *datasets: Dataset | None
 def _page_bytes(budget: int | None) -> int:
     """At least four pages in a small budget: one in use, one arriving, the rest worth finding again."""
     return DEFAULT_PAGE_BYTES if budget is None else max(8, min(DEFAULT_PAGE_BYTES, budget // 4 // 8 * 8))
-
-
-def _not_finite(what: str, step: int, value: float) -> TrainError:
-    return TrainError(
-        "",
-        f"step {step}: the {what} is not finite",
-        got=value,
-        remedy="lower --lr, or use --dtype float32",
-    )

@@ -79,14 +79,16 @@ def test_trains_on_rows_and_text_and_the_adapter_loads(packed: Path, tmp_path: P
     assert str(again.exception) == f"{out}: exists already; choose another name or pass --force"
 
 
-def test_sixteen_bit_arithmetic_and_checkpointing(packed: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_sixteen_bit_arithmetic_and_checkpointing(dtype: str, packed: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("one two three four five " * 20)
     result = run(
         packed, "--data", tmp_path / "text.txt", "--out", tmp_path / "a", "--steps", 2, "--seq-len", 32,
-        "--dtype", "bfloat16", "--checkpointing", "--dropout", 0.1, "--log", tmp_path / "log",
+        "--dtype", dtype, "--checkpointing", "--dropout", 0.1, "--log", tmp_path / "log",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
-    assert len((tmp_path / "log").read_text().splitlines()) == 2
+    records = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert [record.get("loss_scale") for record in records] == [2.0**16 if dtype == "float16" else None] * 2
 
 
 def test_help_teaches_and_bad_arguments_are_told(packed: Path, tmp_path: Path) -> None:

@@ -161,7 +161,7 @@ def test_one_step_is_plain_accumulated_training(
     optimizer = PagedAdamW([p for p in ours.parameters() if p.requires_grad], weight_decay=0.0)
     micro_batches = [make_batch(examples[:1]), make_batch(examples[1:])]
     values = train_step(ours, optimizer, micro_batches, rate=0.1, clip=0.5, step=1)
-    assert values == pytest.approx((loss.item(), norm.item()), rel=1e-5)
+    assert [value.item() for value in values] == pytest.approx((loss.item(), norm.item()), rel=1e-5)
     for (_, a), (_, b) in zip(lora_layers(ours), lora_layers(theirs), strict=True):
         torch.testing.assert_close(a.lora_B, b.lora_B, rtol=1e-3, atol=1e-5)
 
@@ -263,7 +263,7 @@ def test_signal_finishes_the_step_saves_and_stops(
     before = signal.getsignal(number)
     real = train_module.train_step
 
-    def interrupted(*args: Any, step: int, **kwargs: Any) -> tuple[float, float]:
+    def interrupted(*args: Any, step: int, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         if step == 2:
             os.kill(os.getpid(), number)
         return real(*args, step=step, **kwargs)
@@ -301,7 +301,7 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_last_save(
     model = make_model()
     real = train_module.train_step
 
-    def poisoned(*args: Any, step: int, **kwargs: Any) -> tuple[float, float]:
+    def poisoned(*args: Any, step: int, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         if step == 4:
             next(lora_layers(model))[1].lora_B.data.fill_(math.inf)
         return real(*args, step=step, **kwargs)

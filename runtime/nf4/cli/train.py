@@ -82,17 +82,19 @@ _INPUT = click.Path(path_type=Path, exists=True, dir_okay=False)
 @click.option("--seed", type=int, default=0, help="Decides initial values, split, order and dropout.")
 @click.option(
     "--dtype",
-    type=click.Choice(["float32", "bfloat16"]),
+    type=click.Choice(["float32", "bfloat16", "float16"]),
     default="float32",
-    help="Arithmetic and activations; bfloat16 takes half the memory.",
+    help="Arithmetic and activations; 16 bits take half the memory. float16, with a scaled loss, is for GPUs"
+    " that are slow in bfloat16.",
 )
 @click.option("--checkpointing", is_flag=True, help="Compute layers again in backward: less memory, slower.")
 @click.option(
     "--page-budget",
     type=ByteSize(),
-    help="The most optimizer state kept in memory, such as 64M; the rest is paged to a file.  [default: all]",
+    help="The most optimizer state kept in memory, such as 64M; the rest is paged to a file. On a GPU: kept"
+    " there; the rest is paged to host memory.  [default: all]",
 )
-@click.option("--page-file", type=_PATH, help="Where paged state goes.  [default: a temporary file]")
+@click.option("--page-file", type=_PATH, help="Where paged state goes on a CPU.  [default: a temporary file]")
 @click.option("--save-every", type=int, default=0, help="Steps between saves; 0: at the end only.")
 @click.option("--log", type=_PATH, help="JSONL log of the run.  [default: OUT.jsonl]")
 @click.option("--device", default="auto", help="cpu, cuda, cuda:1; auto: a GPU where one can be used.")

@@ -1,0 +1,132 @@
+"""What a run has done so far: numbers of its steps, read late so that no GPU waits, summed up and logged."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .optim import PagedAdamW
+from .runlog import RunLog, memory_bytes
+from .step import not_finite
+
+
+@dataclass
+class TrainSummary:
+    """How a run went.
+
+    Attributes:
+        steps, tokens: optimizer steps done, and tokens that went through the model for them.
+        seconds: spent in these steps, evaluations and saves not counted.
+        evaluations: step -> mean negative log-likelihood, in nats, on the evaluation data.
+        stopped_by: name of the signal that ended the run early, or None.
+    """
+
+    out: Path
+    log: Path
+    steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    evaluations: dict[int, float] = field(default_factory=dict)
+    stopped_by: str | None = None
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+class StepNumbers:
+    """Loss, norm and duration of a step, which begins when this is made. From a GPU they come while it works
+    on: `send` waits for nothing, `read` for the step's end.
+
+    Attributes:
+        step, tokens, rate: number, tokens and learning rate of the step.
+        loss_scale: its loss scale, or None.
+    """
+
+    def __init__(self, step: int, tokens: int, rate: float, optimizer: PagedAdamW) -> None:
+        self.step, self.tokens, self.rate = step, tokens, rate
+        self.loss_scale = None if optimizer.loss_scale is None else optimizer.loss_scale.value
+        self._is_cuda = optimizer.device.type == "cuda"
+        if self._is_cuda:
+            self._begin, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self._begin.record()
+        else:
+            self._began = time.perf_counter()
+
+    def send(self, loss: Tensor, norm: Tensor) -> None:
+        """The results of the step, once all its work has been started."""
+        self._values = torch.stack((loss.double(), norm.double()))
+        if self._is_cuda:
+            values = torch.empty(2, dtype=torch.float64, pin_memory=True)
+            self._values = values.copy_(self._values, non_blocking=True)
+            self._end.record()
+        else:
+            self._seconds = time.perf_counter() - self._began
+
+    def read(self) -> tuple[float, float, float]:
+        """Loss, norm, and seconds from start to end."""
+        if self._is_cuda:
+            self._end.synchronize()
+            self._seconds = self._begin.elapsed_time(self._end) / 1000
+        loss, norm = self._values.tolist()
+        return loss, norm, self._seconds
+
+
+class StepReports:
+    """Takes the numbers of each step, and writes them to summary, log and bar when `catch_up` is called."""
+
+    def __init__(self, summary: TrainSummary, log: RunLog, bar: tqdm, optimizer: PagedAdamW) -> None:
+        self._summary, self._log, self._bar, self._optimizer = summary, log, bar, optimizer
+        self._unread: list[StepNumbers] = []
+
+    def add(self, numbers: StepNumbers) -> None:
+        """A step whose work has been started."""
+        self._unread.append(numbers)
+
+    def catch_up(self) -> None:
+        """Report every step added so far; waits for the last one's end.
+
+        Raises:
+            TrainError: a loss or norm is not finite, or the log cannot be written.
+        """
+        while self._unread:
+            self._report(self._unread.pop(0))
+
+    def _report(self, numbers: StepNumbers) -> None:
+        loss, norm, elapsed = numbers.read()
+        if not math.isfinite(loss):
+            raise not_finite("loss", numbers.step, loss)
+        if not math.isfinite(norm) and numbers.loss_scale is None:
+            raise not_finite("gradient norm", numbers.step, norm)
+        summary = self._summary
+        summary.steps, summary.tokens = numbers.step, summary.tokens + numbers.tokens
+        summary.seconds += elapsed
+        memory = memory_bytes()
+        record: dict[str, Any] = {
+            "step": numbers.step,
+            "loss": loss,
+            "lr": numbers.rate,
+            "grad_norm": norm,
+            "tokens": summary.tokens,
+            "tokens_per_second": round(numbers.tokens / elapsed, 1),
+            "memory_bytes": memory,
+        }
+        device, pager = self._optimizer.device, self._optimizer.pager
+        if device.type == "cuda":
+            record["gpu_memory_bytes"] = torch.cuda.max_memory_allocated(device)
+        if numbers.loss_scale is not None:
+            record["loss_scale"] = numbers.loss_scale
+        if pager.capacity_bytes < pager.num_pages * pager.page_bytes:
+            record["pages"] = asdict(pager.stats)
+        self._log.write(**record)
+        self._bar.update()
+        self._bar.set_postfix_str(
+            f"loss {loss:.3f}, {summary.tokens_per_second:,.0f} tokens/s, {memory / 2**20:,.0f} MiB"
+        )
