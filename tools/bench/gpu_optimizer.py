@@ -1,0 +1,341 @@
+"""AdamW on a GPU: resident beside torch's fused one, paged beside the limit of the link to the host.
+
+    python tools/bench/gpu_optimizer.py --results tools/bench/results
+
+writes gpu_optimizer.json, gpu_paging.json and gpu_memory_limit.json there.
+
+Parameters have the shapes of LoRA adapters of Llama-3.1-8B on all linear layers, 448 tensors. Times of steps:
+"back to back" is the mean over many calls without a pause between them, medians of several rounds, host and
+GPU together; "GPU alone" the same calls replayed as a CUDA graph; "from idle" one call on an idle GPU until
+it has ended. torch's optimizer steps with gradients that stay in place, as ours.
+
+Evicted: a pool of a few pages, so that each step moves almost all state to the GPU and back. Both directions
+can move at once, so the least time is the larger of bytes in and bytes out over what pinned copies in that
+direction alone reach in the same run; copies in both directions at once are shown beside it.
+
+Memory limit: a small dense model is trained without a limit, then under one below what it needed; where
+pages must not leave the GPU the run fails, with pages that may leave it ends with the same adapter, compared
+by SHA-256 of its files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import hashlib
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import torch
+from report import Report, machine
+
+from nf4.config import ModelConfig
+from nf4.cuda_pager import PinnedArena
+from nf4.decoder import CausalLM
+from nf4.errors import TrainError
+from nf4.lora import LoraConfig
+from nf4.optim import PagedAdamW
+from nf4.train import TrainOptions, train
+
+LAYERS, HIDDEN, KEY, INTERMEDIATE = 32, 4096, 1024, 14336
+LINEARS = [
+    (HIDDEN, HIDDEN), (HIDDEN, KEY), (HIDDEN, KEY), (HIDDEN, HIDDEN),
+    (HIDDEN, INTERMEDIATE), (HIDDEN, INTERMEDIATE), (INTERMEDIATE, HIDDEN),
+]  # fmt: skip
+MIB = 1 << 20
+POOL_PAGES = 8
+
+Row = list[str | float | int | None]
+
+
+def lora_parameters(rank: int) -> list[torch.nn.Parameter]:
+    """fp32, with gradients; A [rank, in] and B [out, rank] of each linear layer."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    made = []
+    for _ in range(LAYERS):
+        for inputs, outputs in LINEARS:
+            for shape in ((rank, inputs), (outputs, rank)):
+                p = torch.nn.Parameter(torch.randn(shape, device="cuda", generator=generator) * 0.02)
+                p.grad = torch.randn(shape, device="cuda", generator=generator) * 1e-3
+                made.append(p)
+    return made
+
+
+def back_to_back(call: Callable[[], object], calls: int = 20, rounds: int = 5) -> float:
+    """Milliseconds a call."""
+    for _ in range(3):
+        call()
+    times = []
+    for _ in range(rounds):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        begin.record()
+        for _ in range(calls):
+            call()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) / calls)
+    return statistics.median(times)
+
+
+def gpu_alone(call: Callable[[], object]) -> float:
+    """Milliseconds a call in a replayed graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(10):
+            call()
+    return back_to_back(graph.replay, calls=3) / 10
+
+
+def from_idle(call: Callable[[], object]) -> float:
+    """Milliseconds from the call on an idle GPU to its end."""
+    times = []
+    for _ in range(20):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        times.append((time.perf_counter() - began) * 1e3)
+    return statistics.median(times)
+
+
+def copy_limit() -> float:
+    """Bytes a second, read and written, of a large copy on the GPU."""
+    source, target = torch.empty(2, 1 << 30, dtype=torch.uint8, device="cuda")
+    return 2 * source.numel() / (back_to_back(lambda: target.copy_(source)) / 1e3)
+
+
+def link_limits() -> tuple[float, float, float]:
+    """Bytes a second of pinned copies: to the GPU, from it, and each of both at once."""
+    size = 256 * MIB
+    arena = PinnedArena(2, size)
+    inside = torch.empty(2, size, dtype=torch.uint8, device="cuda")
+    streams = [torch.cuda.Stream() for _ in range(2)]
+
+    def copies(inward: bool, outward: bool) -> Callable[[], None]:
+        def call() -> None:
+            current = torch.cuda.current_stream()
+            for wanted, stream, target, source in (
+                (inward, streams[0], inside[0], arena.pages[0]),
+                (outward, streams[1], arena.pages[1], inside[1]),
+            ):
+                if wanted:
+                    stream.wait_stream(current)
+                    with torch.cuda.stream(stream):
+                        target.copy_(source, non_blocking=True)
+            for stream in streams:
+                current.wait_stream(stream)
+
+        return call
+
+    rates = [
+        size / back_to_back(copies(*which), calls=4, rounds=3) * 1e3
+        for which in ((True, False), (False, True), (True, True))
+    ]
+    torch.cuda.synchronize()
+    arena.close()
+    return rates[0], rates[1], rates[2]
+
+
+def measure_resident(rank: int, copy: float) -> list[Row]:
+    rows: list[Row] = []
+    params = lora_parameters(rank)
+    count = sum(p.numel() for p in params)
+    least = 28 * count / copy * 1e3
+    theirs = torch.optim.AdamW(params, lr=1e-4, fused=True)
+    captured = torch.optim.AdamW(params, lr=1e-4, fused=True, capturable=True)
+    ours = PagedAdamW(params, lr=1e-4)
+
+    def clip_by_torch() -> None:
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+
+    factor = torch.ones((), device="cuda")
+    work: list[tuple[str, Callable[[], object], Callable[[], object], float | None]] = [
+        ("step, torch fused", theirs.step, captured.step, least),
+        ("step, ours", ours.step, ours.step, least),
+        ("norm and clipping, torch", clip_by_torch, clip_by_torch, None),
+        ("norm, ours", ours.gradient_norm, ours.gradient_norm, 4 * count / copy * 1e3),
+    ]
+    clipped = partial(ours.step, gradient_factor=factor)
+    work.append(("step that clips, ours", clipped, clipped, least))
+    for name, call, for_graph, limit in work:
+        alone = gpu_alone(for_graph)
+        times = [back_to_back(call), alone, from_idle(call)]
+        rows.append([f"{count / 1e6:,.0f} M: {name}", *times, limit and limit / alone])
+    ours.close()
+    return rows
+
+
+def measure_paged(rank: int, page_mib: float, pool_pages: int, rates: tuple[float, float, float]) -> Row:
+    params = lora_parameters(rank)
+    count = sum(p.numel() for p in params)
+    page_bytes = int(page_mib * MIB)
+    began = time.perf_counter()
+    optimizer = PagedAdamW(params, lr=1e-4, page_bytes=page_bytes, budget_bytes=pool_pages * page_bytes)
+    made = time.perf_counter() - began
+    for _ in range(2):
+        optimizer.step()
+    torch.cuda.synchronize()
+    before = vars(optimizer.pager.stats).copy()
+    steps = 8
+    milliseconds = back_to_back(optimizer.step, calls=steps, rounds=3)
+    after = vars(optimizer.pager.stats)
+    calls = 3 + 3 * steps
+    moved = {
+        name: (after[name] - before[name]) / calls for name in ("bytes_in", "bytes_out", "stall_seconds")
+    }
+    least = max(moved["bytes_in"] / rates[0], moved["bytes_out"] / rates[1]) * 1e3
+    both = max(moved["bytes_in"], moved["bytes_out"]) / rates[2] * 1e3
+    host_began = time.perf_counter()
+    optimizer.step()
+    host = time.perf_counter() - host_began
+    torch.cuda.synchronize()
+    optimizer.close()
+    name = f"{count / 1e6:,.0f} M: pages of {page_mib:g} MiB, pool of {pool_pages}"
+    stall = moved["stall_seconds"] * 1e3
+    print(
+        f"{name}: pinned in {made:.2f} s, host {host * 1e3:.2f} ms a step, stall {stall:.2f} ms", flush=True
+    )
+    megabytes = [moved[key] / 1e6 for key in ("bytes_in", "bytes_out")]
+    return [name, milliseconds, *megabytes, least / milliseconds, both / milliseconds]
+
+
+class _Bytes:
+    """A tokenizer: one id a byte."""
+
+    bos_id: int | None = 1
+    eos_ids: tuple[int, ...] = (2,)
+
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        return [1] * special + [3 + byte for byte in text.encode()]
+
+
+def run_training(folder: Path, name: str, budget: int | None = None) -> tuple[str, float]:
+    """SHA-256 of the adapter's files, or the error; the most memory allocated, bytes."""
+    config = ModelConfig.from_dict(
+        {
+            "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 1024,
+            "intermediate_size": 2816, "num_hidden_layers": 4, "num_attention_heads": 8,
+            "num_key_value_heads": 8, "vocab_size": 320, "max_position_embeddings": 1024,
+            "rms_norm_eps": 1e-6, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+            "hidden_act": "silu", "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
+            "dtype": "bfloat16",
+        }
+    )  # fmt: skip
+    torch.manual_seed(0)
+    torch.cuda.reset_peak_memory_stats()
+    model = CausalLM(config).to("cuda", torch.bfloat16)
+    text = folder / "text.txt"
+    text.write_text("".join(f"{n} squared is {n * n}. " for n in range(6000)))
+    options = TrainOptions(
+        data=(text,), out=folder / name, lora=LoraConfig(rank=512, alpha=512, dropout=0.05), steps=8,
+        warmup=2, batch=8, accumulate=2, seq_len=512, page_budget=budget,
+    )  # fmt: skip
+    try:
+        train(model, _Bytes(), options)
+    except TrainError as error:
+        return f"fails: {error}", torch.cuda.max_memory_allocated()
+    finally:
+        del model
+        gc.collect()
+        torch.cuda.empty_cache()
+    digest = hashlib.sha256()
+    for path in sorted(options.out.iterdir()):
+        digest.update(path.read_bytes())
+    return digest.hexdigest(), torch.cuda.max_memory_allocated()
+
+
+def measure_limit() -> list[Row]:
+    rows: list[Row] = []
+    torch.use_deterministic_algorithms(
+        True, warn_only=True
+    )  # torch's attention adds up in any order otherwise
+    total = torch.cuda.mem_get_info()[1]
+    try:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            free, most = run_training(folder, "free")
+            rows.append(["no limit, all resident", most / MIB, None, free[:16]])
+            limit = int(most * 0.92)
+            torch.cuda.set_per_process_memory_fraction(limit / total)
+            with mock.patch.object(PagedAdamW, "release_memory", lambda optimizer: 0):
+                result, most = run_training(folder, "unpaged")
+                rows.append(["limit, nothing may leave", most / MIB, limit / MIB, result.partition(",")[0]])
+            for title, budget in (("limit, pages leave under pressure", None), ("limit, 64 MiB", 64 * MIB)):
+                result, most = run_training(folder, f"paged{budget}", budget)
+                same = "the same adapter: " if result == free else "another result: "
+                rows.append([title, most / MIB, limit / MIB, same + result[:40]])
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        torch.use_deterministic_algorithms(False)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--results", type=Path, help="directory for the tables")
+    parser.add_argument(
+        "--parts", nargs="+", default=["resident", "paged", "limit"], choices=["resident", "paged", "limit"]
+    )
+    arguments = parser.parse_args()
+    copy, rates = copy_limit(), link_limits()
+    torch.cuda.empty_cache()  # or what stays for good settles in the middle of a large free block
+    facts = machine("torch", gpu=True)
+    to_gpu, from_gpu, each = (rate / 1e9 for rate in rates)
+    limits = (
+        f"Limits in this run: copy on the GPU {copy / 1e9:,.0f} GB/s; pinned copies to the GPU {to_gpu:.1f},"
+        f" from it {from_gpu:.1f}, both at once {each:.1f} GB/s each."
+    )
+    print(limits, flush=True)
+
+    def finish(name: str, report: Report) -> None:
+        report.finish(arguments.results and arguments.results / f"{name}.json")
+
+    if "resident" in arguments.parts:
+        report = Report(
+            "AdamW on a GPU, all state resident: LoRA of rank 16 and 64 on Llama-3.1-8B, 448 tensors",
+            ["work", "back to back ms", "GPU alone ms", "from idle ms", "GPU alone: of the copy limit"],
+            measure_resident(16, copy) + measure_resident(64, copy),
+            facts,
+            [limits, "Limit of a step: 28 bytes a parameter; of the norm: 4."],
+        )
+        finish("gpu_optimizer", report)
+    if "paged" in arguments.parts:
+        cases = [(16, mib, POOL_PAGES) for mib in (1, 2, 4, 8, 16)]
+        cases += [(16, 4, 4), (16, 4, 16), (16, 4, 40), (64, 4, POOL_PAGES)]
+        report = Report(
+            "AdamW on a GPU, state evicted in each step",
+            ["parameters, pages", "ms a step", "MB in", "MB out", "of the limit", "of both at once"],
+            [measure_paged(*case, rates) for case in cases],
+            facts,
+            [
+                limits,
+                "Limit: the larger of bytes in and out over the rate of that direction alone. Both at once:"
+                " over the rate that copies in both directions reach together.",
+            ],
+        )
+        finish("gpu_paging", report)
+    if "limit" in arguments.parts:
+        report = Report(
+            "Training under a memory limit",
+            ["run", "most allocated MiB", "limit MiB", "result"],
+            measure_limit(),
+            facts,
+            ["Results are SHA-256 sums over the adapter's files. torch.use_deterministic_algorithms is on."],
+        )
+        finish("gpu_memory_limit", report)
+
+
+if __name__ == "__main__":
+    main()
