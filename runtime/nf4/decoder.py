@@ -22,6 +22,7 @@ from .attention import Seen, Segments, attend, rotate, takes_segments
 from .cache import KVCache
 from .checkpoints import Checkpoints, HostCheckpoints
 from .config import ModelConfig
+from .layer_graphs import LayerGraphs
 from .layer_step import Context, LayerStep, can_step, checkpointed
 from .linear import project
 
@@ -153,7 +154,9 @@ class Decoder(nn.Module):
         self.gradient_checkpointing = False
         self.offload_checkpoints = False
         self._host_checkpoints: HostCheckpoints | None = None
+        self.capture_graphs = False
         self._steps: dict[int, LayerStep] = {}
+        self._graphs = LayerGraphs()
 
     def forward(
         self,
@@ -188,22 +191,37 @@ class Decoder(nn.Module):
             else segments.seen(window, packs)
             for window in set(self.layer_windows)
         }
-        saves_memory = self.gradient_checkpointing and torch.is_grad_enabled() and cache is None
-        checkpoints = self._begin_checkpoints(x_BTH.device)
-        for i, (layer, window) in enumerate(zip(self.layers, self.layer_windows, strict=True)):
-            assert isinstance(layer, DecoderLayer)
-            context = Context(cos_BTD, sin_BTD, seen[window])
-            if not saves_memory:
+        contexts = [Context(cos_BTD, sin_BTD, seen[window]) for window in self.layer_windows]
+        if self.gradient_checkpointing and torch.is_grad_enabled() and cache is None:
+            x_BTH = self._keeping_inputs_only(x_BTH, contexts)
+        else:
+            for layer, context in zip(self.layers, contexts, strict=True):
                 x_BTH = layer(x_BTH, *context, cache)
-            elif x_BTH.is_cuda and can_step(layer):
-                x_BTH = checkpointed(x_BTH, self._step(i, layer), context, checkpoints)
-            else:
-                x_BTH = checkpoint(layer, x_BTH, *context, use_reentrant=False)
         if cache is not None:
             cache.length += new
         return self.norm(x_BTH)
 
-    def _step(self, index: int, layer: DecoderLayer) -> LayerStep:
+    def _keeping_inputs_only(self, x_BTH: Tensor, contexts: list[Context]) -> Tensor:
+        """All layers; backward computes everything between their inputs again."""
+        steps = [self._step(i, layer) if x_BTH.is_cuda else None for i, layer in enumerate(self.layers)]
+        own = [step for step in steps if step is not None]
+        if self.capture_graphs and len(own) == len(steps) and not self.offload_checkpoints:
+            replayed = self._graphs.run(x_BTH, own, contexts)
+            if replayed is not None:
+                return replayed
+        checkpoints = self._begin_checkpoints(x_BTH.device)
+        for layer, step, context in zip(self.layers, steps, contexts, strict=True):
+            if step is not None:
+                x_BTH = checkpointed(x_BTH, step, context, checkpoints)
+            else:
+                x_BTH = checkpoint(layer, x_BTH, *context, use_reentrant=False)
+        return x_BTH
+
+    def _step(self, index: int, layer: nn.Module) -> LayerStep | None:
+        """The layer's step by hand, made once; None where it has to go by its modules."""
+        assert isinstance(layer, DecoderLayer)
+        if not can_step(layer):
+            return None
         known = self._steps.get(index)
         if known is None or not known.is_of(layer):
             known = self._steps[index] = LayerStep(layer)
@@ -234,6 +252,9 @@ class CausalLM(nn.Module):
         gradient_checkpointing: when True, training keeps only each layer's input and runs the layer again in
             the backward pass.
         offload_checkpoints: when True too, these inputs wait in pinned host memory; on a GPU only.
+        capture_graphs: when True too, small batches of a shape that comes again are recorded and replayed
+            (see layer_graphs); on a GPU only. Gradients of adapters are then added to `.grad` without a hook
+            of autograd being called.
     """
 
     def __init__(self, config: ModelConfig, *, linear: LinearFactory = nn.Linear) -> None:
@@ -261,6 +282,14 @@ class CausalLM(nn.Module):
     @offload_checkpoints.setter
     def offload_checkpoints(self, value: bool) -> None:
         self.model.offload_checkpoints = value
+
+    @property
+    def capture_graphs(self) -> bool:
+        return self.model.capture_graphs
+
+    @capture_graphs.setter
+    def capture_graphs(self, value: bool) -> None:
+        self.model.capture_graphs = value
 
     @property
     def dtype(self) -> torch.dtype:

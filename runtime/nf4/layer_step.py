@@ -72,9 +72,15 @@ class _CheckpointedLayer(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BTH: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = [torch.empty_like(parameter) for parameter in ctx.step.parameters]
         with torch.cuda.device_of(grad_BTH):
-            grad_x, gradients = ctx.step.backward(
-                ctx.kept.take(), grad_BTH.contiguous(), ctx.context, wants_grad_x=ctx.needs_input_grad[0]
+            grad_x = ctx.step.backward(
+                ctx.kept.take(),
+                grad_BTH.contiguous(),
+                ctx.context,
+                gradients,
+                add=False,
+                wants_grad_x=ctx.needs_input_grad[0],
             )
         return grad_x, None, None, None, *gradients
 
@@ -123,10 +129,21 @@ class LayerStep:
         return y_MH.view(x_BTH.shape)
 
     def backward(
-        self, x_BTH: Tensor, grad_BTH: Tensor, context: Context, *, wants_grad_x: bool
-    ) -> tuple[Tensor | None, list[Tensor]]:
-        """Gradients of x and of `parameters`, from the layer's input and its output's gradient."""
+        self,
+        x_BTH: Tensor,
+        grad_BTH: Tensor,
+        context: Context,
+        gradients: Sequence[Tensor],
+        *,
+        add: bool,
+        wants_grad_x: bool,
+    ) -> Tensor | None:
+        """Gradient of x, from the layer's input and its output's gradient.
+
+        gradients: fp32, of `parameters`; written, or added to.
+        """
         x_MH, grad_y_MH = x_BTH.flatten(0, 1), grad_BTH.flatten(0, 1)
+        of_qkv, of_o, of_mlp = self._split(gradients)
         qkv, o = self._qkv.matrix(x_MH), self._o.matrix(x_MH)
         heads_MW, thin_qkv = self._project_heads(x_MH, qkv, context)
         leaves = [head.detach().requires_grad_() for head in self._heads(heads_MW, x_BTH)]
@@ -135,12 +152,11 @@ class LayerStep:
         del heads_MW
         middle_MH, thin_o = self._project_attended(attended_BNTD.detach(), o)
 
-        grad_middle_ML, mlp_gradients = self._mlp_backward(x_MH, middle_MH, grad_y_MH)
+        grad_middle_ML = self._mlp_backward(x_MH, middle_MH, grad_y_MH, of_mlp, add=add)
         del middle_MH
 
         self._o.thin_back(o, grad_middle_ML)
-        o_gradients = self._o.new_gradients()
-        self._o.put_gradients(o_gradients, _side_by_side(attended_BNTD), thin_o, grad_middle_ML, add=False)
+        self._o.put_gradients(of_o, _side_by_side(attended_BNTD), thin_o, grad_middle_ML, add=add)
         grad_attended_BTND = self._o.project_back(o, grad_middle_ML).view(
             *x_BTH.shape[:2], -1, self._attention.head_dim
         )
@@ -152,29 +168,40 @@ class LayerStep:
         self._qkv.thin_back(qkv, grad_heads_ML)
         normed_MH = torch.empty_like(x_MH)
         self._norm_input(x_MH, normed_MH)
-        qkv_gradients = self._qkv.new_gradients()
-        self._qkv.put_gradients(qkv_gradients, normed_MH, thin_qkv, grad_heads_ML, add=False)
-        gradients = [*qkv_gradients, *o_gradients, *mlp_gradients]
+        self._qkv.put_gradients(of_qkv, normed_MH, thin_qkv, grad_heads_ML, add=add)
         if not wants_grad_x:
-            return None, gradients
+            return None
         grad_x_MH = self._qkv.project_back(qkv, grad_heads_ML, out=normed_MH)
         norm, passed = self._input_norm, grad_middle_ML[:, : self._hidden]
         fused.rms_norm_backward(grad_x_MH, x_MH, norm.weight, norm.eps, passed=passed, out=grad_x_MH)
-        return grad_x_MH.view(x_BTH.shape), gradients
+        return grad_x_MH.view(x_BTH.shape)
+
+    def _split(self, gradients: Sequence[Tensor]) -> tuple[Sequence[Tensor], ...]:
+        """Those of q/k/v, of o, and of the MLP."""
+        first = len(self._qkv.parameters)
+        second = first + len(self._o.parameters)
+        return gradients[:first], gradients[first:second], gradients[second:]
 
     def _mlp_backward(
-        self, x_MH: Tensor, attended_MH: Tensor, grad_y_MH: Tensor
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Gradient of the residual stream in front of the MLP, with room for o_proj's adapter; the MLP's own.
+        self,
+        x_MH: Tensor,
+        attended_MH: Tensor,
+        grad_y_MH: Tensor,
+        gradients: Sequence[Tensor],
+        *,
+        add: bool,
+    ) -> Tensor:
+        """Gradient of the residual stream in front of the MLP, with room for o_proj's adapter.
 
         attended_MH is what attention adds to the residual stream; it becomes the sum of both.
         """
         gate_up, down = self._gate_up.matrix(x_MH), self._down.matrix(x_MH)
-        gate_up_gradients, down_gradients = self._gate_up.new_gradients(), self._down.new_gradients()
+        of_gate_up = gradients[: len(self._gate_up.parameters)]
+        of_down = gradients[len(self._gate_up.parameters) :]
         grad_middle_ML = with_room(x_MH, len(x_MH), self._hidden, self._o.room)
         norm = self._middle_norm
         for rows, block in self._blocks(x_MH, backward=True):
-            add = rows.start > 0
+            adds = add or rows.start > 0
             middle_MH = attended_MH[rows]
             self._norm_middle(x_MH[rows], middle_MH, block.normed)
             self._gate_up.thin(gate_up, block.normed_ML)
@@ -185,12 +212,12 @@ class LayerStep:
             block.grad_y.copy_(grad_y_MH[rows])
             self._down.thin_back(down, block.grad_y_ML)
             thin = block.inner_ML[:, self._down.inputs :]
-            self._down.put_gradients(down_gradients, block.inner, thin, block.grad_y_ML, add=add)
+            self._down.put_gradients(of_down, block.inner, thin, block.grad_y_ML, add=adds)
             self._down.project_back(down, block.grad_y_ML, out=block.inner)
             fused.swiglu_backward(block.both, block.inner)
             self._gate_up.thin_back(gate_up, block.both_ML)
             thin = block.normed_ML[:, self._hidden :]
-            self._gate_up.put_gradients(gate_up_gradients, block.normed, thin, block.both_ML, add=add)
+            self._gate_up.put_gradients(of_gate_up, block.normed, thin, block.both_ML, add=adds)
             self._gate_up.project_back(gate_up, block.both_ML, out=block.normed)
             fused.rms_norm_backward(
                 block.normed,
@@ -200,7 +227,7 @@ class LayerStep:
                 passed=grad_y_MH[rows],
                 out=grad_middle_ML[rows, : self._hidden],
             )
-        return grad_middle_ML, [*gate_up_gradients, *down_gradients]
+        return grad_middle_ML
 
     def _blocks(self, x_MH: Tensor, *, backward: bool) -> Iterator[tuple[slice, _Block]]:
         """Blocks of at most ROWS rows, all in the same buffers."""

@@ -100,17 +100,13 @@ class SharedInput:
         """Gradient of x [M, K]; grad_ML holds gy in the first N columns and gy B in the last R."""
         return torch.mm(grad_ML, matrix[:, : self.inputs], out=out)
 
-    def new_gradients(self) -> list[Tensor]:
-        """Room for the gradients of `parameters`, to be written first and added to then."""
-        return [torch.empty_like(parameter) for parameter in self.parameters]
-
     def put_gradients(
-        self, gradients: list[Tensor], x_MK: Tensor, thin_MR: Tensor, grad_ML: Tensor, *, add: bool
+        self, gradients: Sequence[Tensor], x_MK: Tensor, thin_MR: Tensor, grad_ML: Tensor, *, add: bool
     ) -> None:
         """Gradients of the adapters over these rows, written or added.
 
         Args:
-            gradients: fp32, as `new_gradients` gives them.
+            gradients: fp32, of `parameters`, in their order.
             x_MK: the input. thin_MR: x A^T.
             grad_ML: gy, and gy B behind it.
         """

@@ -65,7 +65,12 @@ def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 def gradients(model: CausalLM, **inputs: Any) -> dict[str, Tensor]:
     """Of a loss that every logit enters, by parameter; and the logits."""
     model.zero_grad()
-    logits = model(**inputs)
+    return kept_gradients(model, **inputs)
+
+
+def kept_gradients(model: CausalLM, input_ids: Tensor, **inputs: Any) -> dict[str, Tensor]:
+    """The same, added to gradients that are there."""
+    logits = model(input_ids, **inputs)
     weights = torch.linspace(-1, 1, logits.shape[-1], device=logits.device)
     (logits.float() * weights).square().sum().backward()  # a sum: means are small, and lost in fp16
     found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
@@ -183,3 +188,39 @@ def test_step_equals_autograd_on_a_gpu(
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 6e-2)])
 def test_packed_documents_on_a_gpu(packed: Path, dtype: str, tolerance: float) -> None:
     check_packing(prepared(packed, "cuda", dtype), "cuda", tolerance)
+
+
+@pytest.mark.cuda
+def test_replayed_passes_equal_the_layers_one_by_one(packed: Path) -> None:
+    model = prepared(packed, "cuda", "bfloat16")
+    model(ids(1, 8, device="cuda")).sum().backward()  # gradients exist
+    if model.config.layer_windows != (None,) * len(model.config.layer_windows):
+        return  # masks are not recorded
+    shapes = [(2, 40), (1, 24)]
+    batches = [torch.randint(3, 320, shape).cuda() for shape in shapes for _ in range(2)]
+    expected = [gradients(model, input_ids=batch) for batch in batches]
+    model.capture_graphs = True
+    for _ in range(3):
+        for batch, wanted in zip(batches, expected, strict=True):
+            model.zero_grad(set_to_none=False)
+            assert largest_difference(kept_gradients(model, batch), wanted) < 2e-2
+    assert len(model.model._graphs._recorded) == len(shapes)
+
+    # Accumulation, a second pass before the first goes backward, a pass that never does, gradients elsewhere.
+    model.zero_grad(set_to_none=False)
+    first, second = model(batches[0]).float().square().sum(), model(batches[1]).float().square().sum()
+    abandoned = model(batches[2])
+    del abandoned
+    second.backward()
+    first.backward()
+    with pytest.raises(RuntimeError, match=r"backward|a second time"):
+        first.backward()
+    both = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.capture_graphs = False
+    model.zero_grad()
+    for batch in batches[:2]:
+        model(batch).float().square().sum().backward()
+    alone = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    assert largest_difference(both, alone) < 2e-2
+    model.capture_graphs = True
+    assert largest_difference(gradients(model, input_ids=batches[0]), expected[0]) < 2e-2
