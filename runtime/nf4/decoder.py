@@ -217,6 +217,10 @@ class Decoder(nn.Module):
                 x_BTH = checkpoint(layer, x_BTH, *context, use_reentrant=False)
         return x_BTH
 
+    def drop_graphs(self) -> None:
+        """Gives back what recorded passes hold; they are recorded again when their shapes come again."""
+        self._graphs = LayerGraphs()
+
     def _step(self, index: int, layer: nn.Module) -> LayerStep | None:
         """The layer's step by hand, made once; None where it has to go by its modules."""
         assert isinstance(layer, DecoderLayer)
@@ -290,6 +294,8 @@ class CausalLM(nn.Module):
     @capture_graphs.setter
     def capture_graphs(self, value: bool) -> None:
         self.model.capture_graphs = value
+        if not value:
+            self.model.drop_graphs()
 
     @property
     def dtype(self) -> torch.dtype:

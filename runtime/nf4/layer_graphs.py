@@ -1,4 +1,4 @@
-"""Passes through all layers as CUDA graphs, for batches so small that starting kernels takes longer than they do.
+"""Passes through all layers as CUDA graphs, for batches so small that starting kernels outlasts running them.
 
 A layer's step starts about a hundred kernels; with few tokens the GPU mostly waits for the next one. Once a
 shape has come up often enough, its pass forward and its pass backward are recorded, and from then on replayed
@@ -34,6 +34,7 @@ class LayerGraphs:
         self._recorded: dict[tuple[Any, ...], _Recorded] = {}
         self._passes: Counter[tuple[Any, ...]] = Counter()
         self._pool: Any = None
+        self._is_full = False
         self._under_way: weakref.ref[_Token] | None = None
 
     def run(self, x_BTH: Tensor, steps: Sequence[LayerStep], contexts: Sequence[Context]) -> Tensor | None:
@@ -53,11 +54,16 @@ class LayerGraphs:
         if recorded is None or not recorded.holds(parameters):
             self._recorded.pop(key, None)
             self._passes[key] += 1
-            if self._passes[key] <= PASSES_BEFORE or len(self._recorded) >= MOST_GRAPHS:
+            self._is_full |= len(self._recorded) >= MOST_GRAPHS
+            if self._passes[key] <= PASSES_BEFORE or self._is_full:
                 return None
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
-            recorded = self._recorded[key] = _Recorded(x_BTH, steps, contexts[0], self._pool)
+            try:
+                recorded = self._recorded[key] = _Recorded(x_BTH, steps, contexts[0], self._pool)
+            except torch.OutOfMemoryError:
+                self._is_full = True  # what graphs keep is missing elsewhere
+                return None
         token = _Token()
         self._under_way = weakref.ref(token)
         output: Tensor = _Replay.apply(x_BTH, recorded, token, contexts[0], parameters[0])

@@ -42,6 +42,8 @@ class TrainOptions:
         clip: the most the gradient's norm may be; 0 leaves it alone.
         eval_data, eval_fraction: text or JSONL to evaluate on, or a share of `data` kept apart for it.
         eval_every: steps between evaluations; 0 evaluates at the start and the end only.
+        checkpointing: keep each layer's input only and compute the rest again. offload_checkpoints: the same,
+            with the inputs in pinned host memory where training is on a GPU.
         page_budget: bytes of optimizer state kept in memory, or on the GPU; None keeps all. page_file:
             where the rest goes on a CPU; None takes a temporary file. On a GPU it goes to host memory.
         log: JSONL file; None takes `out` with .jsonl behind its name.
@@ -64,6 +66,7 @@ class TrainOptions:
     betas: tuple[float, float] = (0.9, 0.999)
     seed: int = 0
     checkpointing: bool = False
+    offload_checkpoints: bool = False
     eval_data: tuple[Path, ...] = ()
     eval_fraction: float = 0.0
     eval_every: int = 0
@@ -108,7 +111,7 @@ def train(
     torch.manual_seed(options.seed)  # dropout
     add_lora(model, options.lora, options.seed)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    model.gradient_checkpointing = options.checkpointing
+    _set_up(model, options)
     optimizer = PagedAdamW(
         parameters,
         lr=options.lr,
@@ -175,7 +178,7 @@ def train(
                 evaluate_now(summary.steps)
     finally:
         optimizer.close()
-        model.eval()
+        _set_up(model.eval(), None)
     return summary
 
 
@@ -295,6 +298,15 @@ def _check_fit(model: CausalLM, options: TrainOptions, *datasets: Dataset | None
             expected = f"below the model's {vocab_size}"
             remedy = "the tokenizer is not the model's"
             raise TrainError("", "token id", expected=expected, got=largest, remedy=remedy)
+
+
+def _set_up(model: CausalLM, options: TrainOptions | None) -> None:
+    """How layers go through training; None: as they were before it."""
+    model.offload_checkpoints = options is not None and options.offload_checkpoints
+    model.gradient_checkpointing = options is not None and (
+        options.checkpointing or options.offload_checkpoints
+    )
+    model.capture_graphs = options is not None
 
 
 def _page_bytes(budget: int | None) -> int:

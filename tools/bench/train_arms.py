@@ -49,7 +49,7 @@ def ours(packed: Path, adapter: Path, rate: float = RATE, **switches: Any) -> St
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameters.append(parameter.requires_grad_(True))
-    for name, value in ({"gradient_checkpointing": True} | switches).items():
+    for name, value in ({"gradient_checkpointing": True, "capture_graphs": True} | switches).items():
         setattr(model, name, value)
     model.train()
     optimizer = PagedAdamW(parameters, lr=rate)

@@ -89,6 +89,11 @@ _INPUT = click.Path(path_type=Path, exists=True, dir_okay=False)
 )
 @click.option("--checkpointing", is_flag=True, help="Compute layers again in backward: less memory, slower.")
 @click.option(
+    "--offload-checkpoints",
+    is_flag=True,
+    help="The same, with what waits for backward in host memory: still less memory on a GPU.",
+)
+@click.option(
     "--page-budget",
     type=ByteSize(),
     help="The most optimizer state kept in memory, such as 64M; the rest is paged to a file. On a GPU: kept"
