@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from . import fused
 from .attention import Seen, attend, rotate
-from .shared_input import SharedInput, can_share, with_room
+from .shared_input import SharedInput, can_share
 
 if TYPE_CHECKING:
     from .checkpoints import Checkpoints
@@ -198,7 +198,7 @@ class LayerStep:
         gate_up, down = self._gate_up.matrix(x_MH), self._down.matrix(x_MH)
         of_gate_up = gradients[: len(self._gate_up.parameters)]
         of_down = gradients[len(self._gate_up.parameters) :]
-        grad_middle_ML = with_room(x_MH, len(x_MH), self._hidden, self._o.room)
+        grad_middle_ML = x_MH.new_empty(len(x_MH), self._hidden + self._o.room)
         norm = self._middle_norm
         for rows, block in self._blocks(x_MH, backward=True):
             adds = add or rows.start > 0
@@ -238,7 +238,7 @@ class LayerStep:
             (self._hidden, self._down.room) if backward else (0, 0),
         )
         most = min(ROWS, len(x_MH))
-        buffers = [with_room(x_MH, most, width, room) for width, room in widths]
+        buffers = [x_MH.new_empty(most, width + room) for width, room in widths]
         for first in range(0, len(x_MH), ROWS):
             rows = slice(first, min(first + ROWS, len(x_MH)))
             whole = [buffer[: rows.stop - first] for buffer in buffers]
@@ -256,7 +256,7 @@ class LayerStep:
 
     def _project_heads(self, x_MH: Tensor, qkv: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """Query, key and value heads in a row, rotated; and the thin product."""
-        normed_ML = with_room(x_MH, len(x_MH), self._hidden, self._qkv.room)
+        normed_ML = x_MH.new_empty(len(x_MH), self._hidden + self._qkv.room)
         self._norm_input(x_MH, normed_ML[:, : self._hidden])
         self._qkv.thin(qkv, normed_ML)
         heads_MW = x_MH.new_empty(len(x_MH), self._qkv.outputs)
@@ -282,7 +282,7 @@ class LayerStep:
     def _project_attended(self, attended_BNTD: Tensor, o: Tensor) -> tuple[Tensor, Tensor]:
         """What attention adds to the residual stream, and the thin product."""
         attended_MA = _side_by_side(attended_BNTD)
-        attended_ML = with_room(attended_MA, len(attended_MA), self._o.inputs, self._o.room)
+        attended_ML = attended_MA.new_empty(len(attended_MA), self._o.inputs + self._o.room)
         attended_ML[:, : self._o.inputs] = attended_MA
         self._o.thin(o, attended_ML)
         projected_MH = attended_MA.new_empty(len(attended_MA), self._hidden)
@@ -292,7 +292,7 @@ class LayerStep:
     def _merge_heads(self, grads: Sequence[Tensor], context: Context) -> Tensor:
         """Gradients of q, k and v side by side as they were before the rotation, and room behind them."""
         first, rows = 0, grads[0].shape[0] * grads[0].shape[2]
-        merged_ML = with_room(grads[0], rows, self._qkv.outputs, self._qkv.room)
+        merged_ML = grads[0].new_empty(rows, self._qkv.outputs + self._qkv.room)
         for i, grad_BNTD in enumerate(grads):
             grad = _side_by_side(grad_BNTD)
             place = merged_ML[:, first : first + grad.shape[1]]
