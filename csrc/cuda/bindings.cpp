@@ -115,6 +115,7 @@ PYBIND11_MODULE(_cuda, m) {
         "nested_quant_map"_a, "nested_offset"_a, "n"_a, "k"_a, "bias"_a, "out"_a, "overlap"_a, "stream"_a);
   bind_adamw(m);
   bind_group(m);
+  bind_linear_wgmma(m);
   bind_training(m);
   m.def("driver_version", &driver_version);
   m.def("build_info", &build_info);

@@ -34,6 +34,7 @@ inline void check_dtype(const char* name, int dtype) {
   require(dtype >= 0 && dtype <= 2, name, "0 (float32), 1 (bfloat16) or 2 (float16)", dtype);
 }
 
-void bind_adamw(pybind11::module_& m);     // bindings_adamw.cpp
-void bind_group(pybind11::module_& m);     // bindings_group.cpp
-void bind_training(pybind11::module_& m);  // bindings_training.cpp
+void bind_adamw(pybind11::module_& m);         // bindings_adamw.cpp
+void bind_group(pybind11::module_& m);         // bindings_group.cpp
+void bind_linear_wgmma(pybind11::module_& m);  // bindings_linear_wgmma.cpp
+void bind_training(pybind11::module_& m);      // bindings_training.cpp

@@ -60,6 +60,12 @@ int nf4_embedding(const Nf4Weight* weight, const int64_t* ids, int64_t num_ids, 
 int nf4_linear_few_rows(const Nf4Linear* linears, int num_weights, const void* x, int num_tokens, int k,
                         int dtype, int overlap, cudaStream_t stream);
 
+// Linked only where NF4_WGMMA is defined.
+int64_t nf4_linear_wgmma_workspace(int num_tokens, int n, int k);
+
+int nf4_linear_wgmma(const Nf4Linear* linear, const void* x, int num_tokens, int k, int dtype,
+                     void* workspace, int overlap, cudaStream_t stream);
+
 int nf4_linear_any_shape(const Nf4Weight* weight, const void* x, const void* bias, void* y, int num_tokens,
                          int n, int k, int dtype, int overlap, cudaStream_t stream);
 

@@ -74,7 +74,7 @@ namespace nf4 {
 
 // The properties of the current device that launchers ask for, read once a device.
 struct Device {
-  int major = 0;
+  int major = 0, minor = 0;
   int num_sms = 0;
   int shared_bytes_per_block = 0;
 };
@@ -87,6 +87,7 @@ inline cudaError_t current_device(Device* device) {
   if (known[index].num_sms == 0) {
     Device fresh;
     cudaDeviceGetAttribute(&fresh.major, cudaDevAttrComputeCapabilityMajor, index);
+    cudaDeviceGetAttribute(&fresh.minor, cudaDevAttrComputeCapabilityMinor, index);
     cudaDeviceGetAttribute(&fresh.shared_bytes_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
     cudaDeviceGetAttribute(&fresh.num_sms, cudaDevAttrMultiProcessorCount, index);
     known[index] = fresh;  // two threads may write it at once, and write the same

@@ -95,6 +95,33 @@ def linear(
     and codes at multiples of 16 bytes; the rest goes through a slow one.
     """
 
+def linear_wgmma_workspace(m: int, n: int, k: int) -> int:
+    """Bytes that linear_wgmma needs besides its output; 0 where the device or the sizes do not allow it: it
+    takes compute capability 9.0 and k a multiple of 64.
+    """
+
+def linear_wgmma(
+    x: int,
+    dtype: int,
+    m: int,
+    codes: int,
+    absmax: int,
+    nested_absmax: int,
+    nested_quant_map: int,
+    nested_offset: float,
+    n: int,
+    k: int,
+    bias: int,
+    out: int,
+    workspace: int,
+    workspace_bytes: int,
+    overlap: bool,
+    stream: int,
+) -> None:
+    """As `linear`, for more rows, on Hopper's tensor cores; bfloat16 or float16, x, codes and workspace at
+    multiples of 16 bytes.
+    """
+
 Weight = tuple[int, int, int, int, float, int, int]  # the first five of linear, n, out
 
 def linear_group(

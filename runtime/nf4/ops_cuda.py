@@ -1,9 +1,9 @@
 """The operators of `nf4.ops` on NVIDIA GPUs, over the kernels of `nf4._cuda` (csrc/cuda).
 
-The number of rows of x decides the way: for few (`fused_rows`) the fused product reads the codes directly;
-for more, the weight is decoded into a workspace and multiplied by torch, that is by cuBLAS. There is one
-workspace for each device and stream, which only grows. Everything is started in the current stream; nothing
-waits.
+Three ways lead to a product, and the number of rows of x decides (`way`): for few rows a kernel reads the
+codes directly; for more, another does so through Hopper's tensor cores; for many, the weight is decoded into
+a workspace and multiplied by torch, that is by cuBLAS. There is one workspace for each device and stream,
+which only grows. Everything is started in the current stream; nothing waits.
 """
 
 from __future__ import annotations
@@ -20,16 +20,12 @@ import torch
 from torch import Tensor
 
 from .operands import DTYPE_CODES, PackedOperand, floating, matrix
+from .product_way import Way, panel_height, way
 
 if TYPE_CHECKING:
     from types import ModuleType
 
-# Up to how many rows the fused product is the faster way. 16-bit: it takes 16 rows at a time, and on an H200
-# three times that still costs less than decoding and cuBLAS at most sizes; four times does not.
-FUSED_ROWS = {torch.bfloat16: 48, torch.float16: 48, torch.float32: 8}
 MOST_WEIGHTS = 4  # of one launch, as in csrc/cuda/launchers.h
-SLOW_FUSED_ROWS = 8  # where only the kernel for any shape can run
-WORKSPACE_BYTES = 512 << 20  # at most, unless one row takes more; larger weights go by panels of rows
 
 
 @cache
@@ -43,12 +39,6 @@ def kernels() -> ModuleType:
 def stream_of(tensor: Tensor) -> int:
     """The current stream of a tensor's device, as an address."""
     return torch._C._cuda_getCurrentRawStream(tensor.device.index)
-
-
-def fused_rows(dtype: torch.dtype, columns: int, codes: int) -> int:
-    """Up to how many rows of `dtype` the fused product takes a weight with codes at that address."""
-    is_fast = dtype != torch.float32 and columns % 64 == 0 and codes % 16 == 0
-    return FUSED_ROWS[dtype] if is_fast else SLOW_FUSED_ROWS
 
 
 class _Weight(PackedOperand):
@@ -71,8 +61,38 @@ class _Weight(PackedOperand):
         where = (out.data_ptr(), DTYPE_CODES[out.dtype])
         kernels().embedding(*self.constants, self.nested_offset, *table, *where, *self.tail)
 
+    def way(self, x_MK: Tensor) -> Way:
+        """How x is multiplied by this weight."""
+        aligned = (x_MK.data_ptr() | self.codes) % 16 == 0
+        wgmma = self._wgmma_bytes(x_MK) > 0
+        return way(x_MK.dtype, x_MK.shape[0], self.rows, self.columns, aligned=aligned, wgmma=wgmma)
+
     def multiply(self, x_MK: Tensor, y_MN: Tensor) -> None:
-        """y = x @ W.T, straight from the codes."""
+        """y = x @ W.T."""
+        chosen = self.way(x_MK)
+        if chosen is Way.FEW_ROWS:
+            self.multiply_few_rows(x_MK, y_MN)
+        elif chosen is Way.WGMMA:
+            self.multiply_wgmma(x_MK, y_MN)
+        else:
+            height = panel_height(x_MK.dtype, x_MK.shape[0], self.rows, self.columns)
+            with self.panels(x_MK.dtype, height) as panels:
+                for first, last, panel in panels:
+                    torch.mm(x_MK, panel.T, out=y_MN[:, first:last])
+
+    def _wgmma_bytes(self, x_MK: Tensor) -> int:
+        return kernels().linear_wgmma_workspace(x_MK.shape[0], self.rows, self.columns)
+
+    def multiply_wgmma(self, x_MK: Tensor, y_MN: Tensor) -> None:
+        """y = x @ W.T on Hopper's tensor cores, straight from the codes."""
+        size = self._wgmma_bytes(x_MK)
+        x = (x_MK.data_ptr(), DTYPE_CODES[x_MK.dtype], x_MK.shape[0])
+        with _workspace(size, torch.uint8, self._device, self.tail[1]) as workspace:
+            where = (self.rows, self.columns, 0, y_MN.data_ptr(), workspace.data_ptr(), size)
+            kernels().linear_wgmma(*x, *self.constants, self.nested_offset, *where, *self.tail)
+
+    def multiply_few_rows(self, x_MK: Tensor, y_MN: Tensor) -> None:
+        """y = x @ W.T, straight from the codes, on any GPU."""
         x = (x_MK.data_ptr(), DTYPE_CODES[x_MK.dtype], x_MK.shape[0])
         sizes = (self.rows, self.columns)
         kernels().linear(*x, *self.constants, self.nested_offset, *sizes, 0, y_MN.data_ptr(), *self.tail)
@@ -82,13 +102,11 @@ class _Weight(PackedOperand):
         return (*self.constants, self.nested_offset, self.rows, y_MN.data_ptr())
 
     @contextmanager
-    def panels(self, dtype: torch.dtype) -> Iterator[Iterator[tuple[int, int, Tensor]]]:
-        """(first, last, rows [first, last) of the weight), each decoded over the one before.
+    def panels(self, dtype: torch.dtype, height: int) -> Iterator[Iterator[tuple[int, int, Tensor]]]:
+        """(first, last, rows [first, last) of the weight), each of `height` rows decoded over the one before.
 
         No other thread may start work on the workspace before the block ends.
         """
-        most = max(1, WORKSPACE_BYTES // (self.columns * dtype.itemsize))
-        height = math.ceil(self.rows / math.ceil(self.rows / most))
         with _workspace(height * self.columns, dtype, self._device, self.tail[1]) as workspace:
             yield self._decoded_panels(workspace, height)
 
@@ -160,12 +178,8 @@ def linear(x: Tensor, *arguments: Any) -> Tensor:
     with torch.cuda.device(x.device):
         if y_MN.numel() == 0 or x_MK.shape[1] == 0:
             y_MN.zero_()
-        elif x_MK.shape[0] <= fused_rows(x.dtype, weight.columns, weight.codes):
-            weight.multiply(x_MK, y_MN)
         else:
-            with weight.panels(x.dtype) as panels:
-                for first, last, panel in panels:
-                    torch.mm(x_MK, panel.T, out=y_MN[:, first:last])
+            weight.multiply(x_MK, y_MN)
     return y_MN.view(*x.shape[:-1], out_features)
 
 
@@ -176,12 +190,11 @@ def linear_group(
     sizes = zip(parts, out_features, strict=True)
     weights = [_Weight(part, rows, x.shape[-1], x.device) for part, rows in sizes]
     x_MK = matrix("x", x)
-    few = min(fused_rows(x.dtype, weight.columns, weight.codes) for weight in weights)
-    if x.dtype == torch.float32 or not 0 < x_MK.shape[0] <= few:
-        return [linear(x, *part, rows) for part, rows in zip(parts, out_features, strict=True)]
     outputs = [x_MK.new_empty(x_MK.shape[0], weight.rows) for weight in weights]
     with torch.cuda.device(x.device):
-        if not _multiply_together(weights, x_MK, outputs):
+        together = x.dtype != torch.float32 and x_MK.numel() > 0
+        together = together and all(weight.way(x_MK) is Way.FEW_ROWS for weight in weights)
+        if not together or not _multiply_together(weights, x_MK, outputs):
             return [linear(x, *part, rows) for part, rows in zip(parts, out_features, strict=True)]
     return [y_MN.view(*x.shape[:-1], y_MN.shape[1]) for y_MN in outputs]
 
@@ -193,7 +206,9 @@ def linear_input_grad(grad: Tensor, *arguments: Any) -> Tensor:
     total: Tensor | None = None
     with torch.cuda.device(grad.device):
         if grad_MN.numel() and in_features:
-            with weight.panels(grad.dtype) as panels:
+            # A panel gives a sum over its rows: fewer of them would mean more sums.
+            height = panel_height(grad.dtype, 1, weight.rows, weight.columns)
+            with weight.panels(grad.dtype, height) as panels:
                 for first, last, panel in panels:
                     part = grad_MN[:, first:last] @ panel
                     total = part if total is None else total.float().add_(part)  # sums of panels in fp32

@@ -5,6 +5,7 @@ Outputs are poisoned and lie between guards; sizes are ragged, ranges and pointe
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -199,6 +200,77 @@ def test_linear_keeps_tokens_apart_and_repeats_its_bits() -> None:
     assert y[3].isnan().all()
     assert not y[4].any()
     assert all(same_bits(result, y) for result in results)
+
+
+def wgmma(
+    x: torch.Tensor, weight: OnGpu, n: int, *, bias: torch.Tensor | None = None, overlap: bool = True
+) -> torch.Tensor:
+    """The product on Hopper's tensor cores into a poisoned output, with a poisoned workspace, all guarded."""
+    m, k = x.shape
+    size = _cuda.linear_wgmma_workspace(m, n, k)
+    if size == 0:
+        pytest.skip("needs a GPU of compute capability 9.0 and kernels built for it")
+    out, workspace = Guarded(m * n, x.dtype), Guarded(size // 4, torch.float32)
+    address = 0 if bias is None else bias.data_ptr()
+    arguments = (n, k, address, out.address, workspace.address, size, overlap, stream())
+    _cuda.linear_wgmma(x.data_ptr(), CODES[str(x.dtype)[6:]], m, *weight.arguments, *arguments)
+    workspace.check()
+    return out.check().view(m, n)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("n", "k"),
+    [(1, 64), (64, 256), (65, 192), (130, 320), (515, 5120), (1000, 4160), (300, 14336), (9000, 512)],
+)
+def test_linear_wgmma_against_float64(n: int, k: int, dtype: Dtype) -> None:
+    packed = random_packed(n, k, n + k)
+    weight = OnGpu(packed)
+    exact = decoded(packed, "float32").double().view(n, k).cuda()
+    generator = torch.Generator("cuda").manual_seed(k)
+    for m in (1, 16, 17, 33, 48, 64, 65, 100, 128, 161, 256, 300):
+        x = torch.randn(m, k, device="cuda", generator=generator).to(DTYPES[dtype])
+        x[m // 2] *= 1e-3
+        bias = torch.randn(n, device="cuda", generator=generator).to(DTYPES[dtype]) if m % 2 else None
+        expected = x.double() @ exact.T
+        size = (x.double().abs() @ exact.abs().T).norm() * 0.03  # a handful of sums may all cancel
+        if bias is not None:
+            expected += bias.double()
+        first = wgmma(x, weight, n, bias=bias, overlap=False)
+        error = (first.double().cuda() - expected).norm() / max(size, expected.norm())
+        assert error < TOLERANCE[dtype] * (2 if n < 64 else 1), m
+        assert same_bits(wgmma(x, weight, n, bias=bias, overlap=True), first), m
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("scale", [1e-30, 1e-6, 1.0, 1e12])
+def test_linear_wgmma_beside_the_kernel_for_any_shape(scale: float) -> None:
+    """Scales of any size, tokens far apart, infinities and NaN. Codes at an odd address force the other."""
+    m, n, k = 40, 200, 1024
+    packed = random_packed(n, k, 3)
+    packed = dataclasses.replace(
+        packed,
+        nested_absmax=packed.nested_absmax * np.float32(scale),
+        nested_offset=float(np.float32(packed.nested_offset * scale)),
+    )
+    packed.nested_absmax[3] *= np.float32(1e-4)
+    x = torch.randn(m, k, device="cuda", generator=torch.Generator("cuda").manual_seed(1)).bfloat16()
+    x[0] *= 2.0**60
+    x[1] *= 2.0**-60
+    x[2, 5], x[3, 7], x[4] = float("inf"), float("nan"), 0
+    y = wgmma(x, OnGpu(packed), n).float()
+    plain = Guarded(m * n, torch.float32)
+    arguments = (n, k, 0, plain.address, True, stream())
+    _cuda.linear(x.float().data_ptr(), 0, m, *OnGpu(packed, shift=1).arguments, *arguments)
+    expected = plain.check().view(m, n)
+    for token in (0, 1, *range(5, m)):
+        if not expected[token].isfinite().all() or expected[token].abs().max() < 1e-35:
+            continue
+        assert (y[token] - expected[token]).norm() / expected[token].norm() < 4e-3, token
+    assert not y[2].isfinite().any()
+    assert y[3].isnan().all()
+    assert not y[4].any()
 
 
 @pytest.mark.cuda
