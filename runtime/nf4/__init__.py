@@ -6,6 +6,7 @@ Public names are imported at first use, so `import nf4` and `nf4 --help` do not 
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
     from .loading import load
 
 __all__ = ["load", "load_adapter", "save_adapter"]
+
+# For the determinism module, and before anything multiplies on a GPU: torch looks once, at its first product.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 _MODULES = {"load": "loading", "load_adapter": "adapters", "save_adapter": "adapters"}
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from .adapters import save_adapter
 from .data import Batch, Dataset, TextEncoder, example_order, load_dataset, make_batch, split_dataset
 from .decoder import CausalLM
+from .determinism import deterministic
 from .errors import TrainError
 from .lora import LoraConfig, add_lora
 from .loss import labelled_positions, loss_sum
@@ -136,6 +137,7 @@ def train(
 
     try:
         with (
+            deterministic(model.device),
             RunLog(summary.log) as log,
             StopRequest() as stop,
             tqdm(total=plan.steps, unit="step", disable=not progress) as bar,

@@ -39,6 +39,7 @@ def ours(packed: Path, adapter: Path, rate: float = RATE, **switches: Any) -> St
     """`nf4.train.train_step` on the packed file; `switches` are set on the model."""
     import nf4
     from nf4.data import IGNORED, Batch
+    from nf4.determinism import deterministic
     from nf4.optim import PagedAdamW
     from nf4.train import train_step
 
@@ -61,7 +62,8 @@ def ours(packed: Path, adapter: Path, rate: float = RATE, **switches: Any) -> St
         labels = ids.clone()
         labels[:, 0] = IGNORED  # nothing predicts the first token
         batch = Batch(ids, labels, None)
-        loss, norm = train_step(model, optimizer, [batch], rate=rate, clip=CLIP, step=taken)
+        with deterministic(model.device):  # as nf4 train
+            loss, norm = train_step(model, optimizer, [batch], rate=rate, clip=CLIP, step=taken)
         return float(loss), float(norm)
 
     return step

@@ -1,0 +1,62 @@
+"""Deterministic training on a GPU: what the switch does, and runs that are equal bit for bit."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+import nf4
+from nf4.determinism import CUBLAS_WORKSPACE, deterministic
+from nf4.lora import LoraConfig
+from nf4.tokenizer import Tokenizer
+from nf4.train import TrainOptions, train
+
+
+def test_the_environment_is_prepared_on_import() -> None:
+    assert os.environ[CUBLAS_WORKSPACE[0]]
+
+
+def test_a_cpu_needs_no_switch() -> None:
+    with deterministic(torch.device("cpu")):
+        assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.cuda
+def test_the_switch_is_put_back() -> None:
+    with pytest.raises(KeyError), deterministic(torch.device("cuda")):
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        raise KeyError
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_two_runs_write_the_same_adapter(
+    make_packed, tmp_path: Path, dtype: str, checkpointing: bool
+) -> None:
+    path = make_packed("llama")
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat; the dog and the frog were there too. " * 60)
+    files = []
+    for run in ("first", "second"):
+        model = nf4.load(path, device="cuda", dtype=dtype)
+        options = TrainOptions(
+            data=(text,),
+            out=tmp_path / run,
+            lora=LoraConfig(rank=4, alpha=8, dropout=0.1),
+            lr=1e-2,
+            steps=6,
+            warmup=1,
+            batch=4,
+            accumulate=2,
+            seq_len=64,
+            checkpointing=checkpointing,
+        )
+        train(model, Tokenizer.from_file(model.source), options)
+        files.append((tmp_path / run / "adapter_model.safetensors").read_bytes())
+    assert files[0] == files[1]
