@@ -11,6 +11,8 @@
 
 namespace py = pybind11;
 
+void bind_io(py::module_& m);  // bindings_io.cpp
+
 namespace nf4 {
 namespace {
 
@@ -112,5 +114,6 @@ PYBIND11_MODULE(_native, m) {
   m.def("linear", &nf4::linear_at, "x"_a, "x_dtype"_a, "m"_a, "codes"_a, "absmax"_a, "quant_map"_a,
         "nested_absmax"_a, "nested_quant_map"_a, "nested_offset"_a, "n"_a, "k"_a, "out"_a, "out_dtype"_a,
         "threads"_a);
+  bind_io(m);
   m.def("build_info", &nf4::build_info);
 }

@@ -6,6 +6,7 @@ Type codes: 0 float32, 1 bfloat16, 2 float16. `threads` >= 1 is the most threads
 it. Raises ValueError for a number out of range, or an NF4_CPU_ISA that cannot run here.
 """
 
+from collections.abc import Callable, Sequence
 from typing import TypedDict
 
 class BuildInfo(TypedDict):
@@ -64,3 +65,17 @@ def linear(
     """
 
 def build_info() -> BuildInfo: ...
+def hash_ranges(
+    fd: int,
+    ranges: Sequence[tuple[int, int]],
+    threads: int,
+    progress: Callable[[int], object] | None = None,
+) -> tuple[list[int], tuple[str, int, int] | None]:
+    """XXH3-64 of each range [begin, end) of the file, and what went wrong first, if anything did.
+
+    What went wrong: ("ended", index of the range, bytes of the file) or ("system", index or -1, errno); the
+    sums are then of no use. Signal handlers run while it waits; what they or `progress` raise ends it.
+    """
+
+def xxh3(data: bytes | bytearray | memoryview, piece_bytes: int) -> int:
+    """XXH3-64 with seed 0 of contiguous bytes, taken in pieces of that size: a multiple of 1024."""

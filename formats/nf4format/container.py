@@ -21,9 +21,9 @@ from .files import open_regular, pread_exactly, pread_into
 from .header import MAX_HEADER_BYTES, Header, TensorEntry, read_header
 from .layout import Layout
 from .profile import Profile, check_metadata, check_profile
+from .region import DataRegion
 from .sums import (
     SUMS_NAME,
-    Chunk,
     Damage,
     Progress,
     check_header_sum,
@@ -152,17 +152,19 @@ class Nf4File:
         entries = self.header.entries.values()
         return min(entry.begin for entry in entries if entry.name.startswith((FILE_PREFIX, SUMS_NAME)))
 
-    def chunks(self) -> list[Chunk]:
-        """The ranges of the data region that have a sum of their own, for readers that check as they read."""
-        return chunk_sums(self.header, self._sums)
+    @property
+    def region(self) -> DataRegion:
+        """The data region, for readers of their own, who check as they read."""
+        return DataRegion(
+            self.header.data_start,
+            self.weights_end,
+            self.header.entries[SUMS_NAME].begin,
+            chunk_sums(self._sums),
+        )
 
-    def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fill a writable buffer from `offset` of the file, past the mapping; any thread may call it.
-
-        Raises:
-            FormatError: the file cannot be read or has become shorter.
-        """
-        pread_into(self._descriptor(), buffer, offset, self.path)
+    def fileno(self) -> int:
+        """The descriptor, for readers of their own; it is closed with this."""
+        return self._descriptor()
 
     @cached_property
     def fingerprint(self) -> str:
@@ -179,8 +181,8 @@ class Nf4File:
 
         Args:
             threads: readers; None means one per CPU, at most 8.
-            progress: called with the number of bytes just checked; in all `header.file_bytes` less the
-                header and the table of sums.
+            progress: called now and then with the number of bytes checked since; in all
+                `header.file_bytes` less the header and the table of sums.
 
         Raises:
             FormatError: the file cannot be read, or its header has changed since it was opened.

@@ -71,6 +71,22 @@ def os_error(path: str | os.PathLike[str], error: OSError) -> FormatError:
     return FormatError(path, reason[:1].lower() + reason[1:], remedy=_REMEDIES.get(error.errno or 0))
 
 
+def read_failure(name: str | os.PathLike[str], what: str, span: tuple[int, int], code: int) -> FormatError:
+    """The FormatError that tells why the bytes [begin, end) could not be read.
+
+    Args:
+        what: "ended", `code` being the size of the file, or "system", `code` being an errno.
+    """
+    if what == "system":
+        return os_error(name, OSError(code, os.strerror(code)))
+    return FormatError(
+        name,
+        f"the file ends while bytes {span[0]} to {span[1]} are read",
+        got=f"{code} bytes in all",
+        remedy="it was cut short while in use; fetch or write it again",
+    )
+
+
 def pread_exactly(fd: int, size: int, offset: int, name: str | os.PathLike[str]) -> bytes:
     """`size` bytes from `offset`. FormatError if the file ends before, OSErrors told with the file's name."""
     buffer = bytearray(size)
@@ -87,12 +103,7 @@ def pread_into(fd: int, buffer: memoryview, offset: int, name: str | os.PathLike
         except OSError as error:
             raise os_error(name, error) from error
         if count == 0:
-            raise FormatError(
-                name,
-                f"the file ends while bytes {offset} to {offset + len(buffer)} are read",
-                got=f"{os.fstat(fd).st_size} bytes in all",
-                remedy="it was cut short while in use; fetch or write it again",
-            )
+            raise read_failure(name, "ended", (offset, offset + len(buffer)), os.fstat(fd).st_size)
         done += count
 
 

@@ -19,17 +19,16 @@ from __future__ import annotations
 
 import os
 import struct
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, Protocol
 
 import xxhash
 
+from . import _native
 from .embedded import FILE_PREFIX
 from .errors import FormatError
-from .files import pread_exactly, pread_into
+from .files import pread_exactly, read_failure
 from .header import TensorEntry
 
 SUMS_NAME: Final = "__nf4__.sums"
@@ -40,7 +39,7 @@ _FIXED: Final = struct.Struct("<8s5Q")
 _SUM: Final = struct.Struct("<Q")
 
 Progress = Callable[[int], None]
-"""Called with the number of bytes just done, from worker threads, one call at a time."""
+"""Called now and then, by the thread that waits, with the number of bytes done since."""
 
 
 class HasEntries(Protocol):
@@ -83,15 +82,6 @@ class Damage:
         return f"data is damaged ({where}), which hold {shown}"
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """Bytes [begin, end) of the file, in the data region, and their XXH3-64."""
-
-    begin: int
-    end: int
-    sum: int
-
-
 def sums_bytes(data_bytes: int, num_files: int) -> int:
     """Size of the table for a data region of `data_bytes` before it."""
     return _FIXED.size + _SUM.size * (-(-data_bytes // CHUNK_BYTES) + num_files + 1)
@@ -122,7 +112,7 @@ def compute_sums(
     chunks, files = _ranges(layout, begin)
     if header is None:
         header = pread_exactly(fd, layout.data_start, 0, "")
-    return encode_sums(layout, header, list(_hash_ranges(fd, [*chunks, *files], threads, "", progress)))
+    return encode_sums(layout, header, _hash_ranges(fd, [*chunks, *files], threads, "", progress))
 
 
 def encode_sums(layout: HasEntries, header: bytes, numbers: Sequence[int]) -> bytes:
@@ -170,11 +160,37 @@ def read_sums(fd: int, layout: HasEntries, name: str | os.PathLike[str]) -> byte
     return table
 
 
-def chunk_sums(layout: HasEntries, table: bytes) -> list[Chunk]:
-    """The chunks of a checked table, in file order; together they are the data region before the table."""
-    chunks, _ = _ranges(layout, _sums_begin(layout))
-    stored = struct.unpack_from(f"<{len(chunks)}Q", table, _FIXED.size)
-    return [Chunk(begin, end, number) for (begin, end), number in zip(chunks, stored, strict=True)]
+def chunk_sums(table: bytes) -> bytes:
+    """The part of a checked table with the sums of the chunks, in file order."""
+    num_chunks = _FIXED.unpack_from(table)[3]
+    return table[_FIXED.size : _FIXED.size + _SUM.size * num_chunks]
+
+
+def find_table(fd: int, header: bytes, file_bytes: int, *, most_files: int) -> tuple[int, bytes] | None:
+    """Where the table begins, and its sums of the chunks, without the header's word for it.
+
+    A table's size follows from the data region's and the number of embedded files, of which there are few.
+    None where no number of files gives a table that is undamaged and holds the sum of `header`, the bytes
+    before the data region.
+    """
+    for num_files in range(most_files + 1):
+        # data_bytes + 8 * ceil(data_bytes / CHUNK_BYTES) is this.
+        rest = file_bytes - len(header) - _FIXED.size - _SUM.size * (num_files + 1)
+        num_chunks = -(-rest // (CHUNK_BYTES + _SUM.size))
+        data_bytes = rest - _SUM.size * num_chunks
+        if rest < 0 or -(-data_bytes // CHUNK_BYTES) != num_chunks:
+            continue
+        begin = len(header) + data_bytes
+        fixed = pread_exactly(fd, _FIXED.size, begin, "")
+        if (
+            fixed[: -_SUM.size]
+            != _FIXED.pack(MAGIC, CHUNK_BYTES, data_bytes, num_chunks, num_files, 0)[: -_SUM.size]
+        ):
+            continue
+        table = pread_exactly(fd, file_bytes - begin, begin, "")
+        is_whole = xxh3(table[: -_SUM.size]) == _SUM.unpack(table[-_SUM.size :])[0]
+        return (begin, chunk_sums(table)) if is_whole and xxh3(header) == _FIXED.unpack(fixed)[5] else None
+    return None
 
 
 def check_header_sum(
@@ -266,31 +282,14 @@ def _ranges(layout: HasEntries, sums_begin: int) -> tuple[list[tuple[int, int]],
 
 def _hash_ranges(
     fd: int,
-    ranges: Iterable[tuple[int, int]],
+    ranges: Sequence[tuple[int, int]],
     threads: int,
     name: str | os.PathLike[str],
     progress: Progress | None,
-) -> Iterator[int]:
-    """XXH3 of each range in order, read by `threads` workers in pieces of at most CHUNK_BYTES."""
-    local = threading.local()
-    reporting = threading.Lock()
-
-    def one(span: tuple[int, int]) -> int:
-        if not hasattr(local, "buffer"):
-            local.buffer = memoryview(bytearray(CHUNK_BYTES))
-        begin, end = span
-        state = xxhash.xxh3_64()
-        for start in range(begin, end, CHUNK_BYTES):
-            piece = local.buffer[: min(CHUNK_BYTES, end - start)]
-            pread_into(fd, piece, start, name)
-            state.update(piece)
-        if progress:
-            with reporting:
-                progress(end - begin)
-        return state.intdigest()
-
-    if threads <= 1:
-        yield from map(one, ranges)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        yield from pool.map(one, ranges)
+) -> list[int]:
+    """XXH3 of each range, in order."""
+    sums, failure = _native.hash_ranges(fd, ranges, max(1, threads), progress)
+    if failure is not None:
+        what, index, code = failure
+        raise read_failure(name, what, ranges[index] if index >= 0 else (0, 0), code)
+    return sums

@@ -1,4 +1,4 @@
-"""Every instruction set that the build and this CPU have, held to test_kernels: hence to equal bits."""
+"""Every instruction set that the build and this CPU have, held to the same tests: hence to equal bits."""
 
 import os
 import subprocess
@@ -22,12 +22,12 @@ def run(isa: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("isa", INFO["isas"])
 def test_kernels_of(isa: str) -> None:
     if isa == INFO["isa"]:
-        pytest.skip(f"{isa} is what test_kernels runs by itself")
+        pytest.skip(f"{isa} is what they run by themselves")
     probe = run(isa, "-c", "from nf4format import _native; _native.build_info()")
     if "NF4_CPU_ISA: expected" in probe.stderr:
         pytest.skip(f"this CPU has no {isa}")
-    kernels = Path(__file__).with_name("test_kernels.py")
-    result = run(isa, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", str(kernels))
+    tests = [str(Path(__file__).with_name(name)) for name in ("test_kernels.py", "test_io.py")]
+    result = run(isa, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", *tests)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
 
 
