@@ -117,6 +117,7 @@ PYBIND11_MODULE(_cuda, m) {
   bind_group(m);
   bind_linear_wgmma(m);
   bind_training(m);
+  bind_upload(m);
   m.def("driver_version", &driver_version);
   m.def("build_info", &build_info);
 }

@@ -38,3 +38,4 @@ void bind_adamw(pybind11::module_& m);         // bindings_adamw.cpp
 void bind_group(pybind11::module_& m);         // bindings_group.cpp
 void bind_linear_wgmma(pybind11::module_& m);  // bindings_linear_wgmma.cpp
 void bind_training(pybind11::module_& m);      // bindings_training.cpp
+void bind_upload(pybind11::module_& m);        // bindings_upload.cpp

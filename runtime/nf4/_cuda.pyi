@@ -283,3 +283,48 @@ def driver_version() -> int:
     """The newest CUDA version that the driver knows, as BuildInfo.runtime; 0 without a driver."""
 
 def build_info() -> BuildInfo: ...
+
+class Upload:
+    """A part of a file on its way into device memory, read by threads of its own from construction on.
+
+    Args:
+        fd: may be closed once this returns.
+        begin, end: of the part, bytes of the file.
+        chunk_bytes: of each chunk that has a sum; the last may be shorter.
+        sums: XXH3-64 of the chunks, u64 in the machine's order; empty: nothing is compared.
+        memory, bytes: where byte `begin` of the file goes, and how much; the rest is only checked. It stays
+            allocated until `wait` or `cancel` has returned.
+        device: its number; it is the current one.
+        after: a stream of the device whose work until now may use the memory.
+        readers: threads, at least 1.
+        piece_bytes: bytes of one read and copy, a multiple of 1024.
+        slots: pinned pieces of each reader.
+    """
+
+    def __init__(
+        self,
+        fd: int,
+        begin: int,
+        end: int,
+        chunk_bytes: int,
+        sums: bytes,
+        memory: int,
+        bytes: int,
+        device: int,
+        after: int,
+        readers: int,
+        piece_bytes: int,
+        slots: int,
+    ) -> None: ...
+    def wait(self) -> tuple[str, int, int] | None:
+        """Until all is there; signal handlers run meanwhile. What went wrong first, if anything did:
+
+        ("damaged", index of the chunk, 0), ("ended", index, bytes of the file),
+        ("system", index or -1, errno) or ("destination", index or -1, cudaError_t).
+        """
+
+    def cancel(self) -> None:
+        """Stop, and return when nothing uses file or memory any more."""
+
+def error_text(code: int) -> str:
+    """Name and description of a cudaError_t."""

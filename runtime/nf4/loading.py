@@ -2,16 +2,19 @@
 
 The decoder is built without memory (on torch's meta device) from the embedded config.json, then every layer
 is replaced by one over the file's tensors. Only norms and biases, a few KB each, are converted to the
-compute dtype. Time and memory do not grow with the size of the weights. For a GPU the weights are then read
-once, past the mapping, and put there (`upload`).
+compute dtype. Time and memory do not grow with the size of the weights. For a GPU the weights are read once,
+past the mapping, and put there (`upload`), while the layers are built.
 """
 
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack, nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from nf4format.container import Nf4File
 
@@ -21,6 +24,9 @@ from .device import resolve
 from .errors import LoadError
 from .linear import PACKED_PARTS, KeptEmbedding, KeptLinear, NF4Embedding, NF4Linear
 from .weights import Weights
+
+if TYPE_CHECKING:
+    from .upload import Slab
 
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -64,61 +70,106 @@ def load(
             says; an adapter that does not fit.
     """
     target = resolve(device, path)
-    file = Nf4File.open(path, mmap=mmap)
-    try:
-        if verify:
-            _refuse_damage(file)
-        config = ModelConfig.from_dict(file.config, f"{file.path}: config.json")
-        with torch.device("meta"):
-            model = CausalLM(config)
-        placed = _place_weights(model, Weights(file), _compute_dtype(path, dtype or config.dtype))
-        model.source = file
+    with ExitStack() as reading:
+        slab: Slab | None = None
         if target.type == "cuda":
-            _move_to_gpu(model, placed, target)
-        if adapter is not None:
-            from .adapters import load_adapter
+            from .upload import Slab
 
-            load_adapter(model, adapter)
-    except BaseException:
-        file.close()
-        raise
+            slab = reading.enter_context(Slab.at_a_glance(path, target) or nullcontext())
+        file = Nf4File.open(path, mmap=mmap)
+        try:
+            if target.type == "cuda" and (slab is None or slab.region != file.region):
+                reading.close()
+                slab = reading.enter_context(Slab(path, file.fileno(), file.region, target))
+            if verify:
+                _refuse_damage(file)
+            model = _build(file, dtype, slab)
+            if adapter is not None:
+                from .adapters import load_adapter
+
+                load_adapter(model, adapter)
+        except BaseException:
+            file.close()
+            raise
     return model.eval()
 
 
-def _place_weights(model: CausalLM, weights: Weights, dtype: torch.dtype) -> list[tuple[nn.Module, str]]:
-    """Replace each layer of a model on the meta device by one over the file's tensors of its name.
+def _build(file: Nf4File, dtype: str | torch.dtype | None, slab: Slab | None) -> CausalLM:
+    """The model over the mapped file, or over the slab, which this waits for."""
+    config = ModelConfig.from_dict(file.config, f"{file.path}: config.json")
+    with torch.device("meta"), _Unfilled():
+        model = CausalLM(config)
+    places = _place_weights(model, Weights(file), _compute_dtype(file.path, dtype or config.dtype))
+    model.source = file
+    if slab is not None:
+        _look_at_slab(places, slab, file)
+        model.slab = slab.memory
+    return model
 
-    Returns each new layer with the stored name of its weight.
-    """
-    placed: list[tuple[nn.Module, str]] = []
+
+def _look_at_slab(places: list[_Place], slab: Slab, file: Nf4File) -> None:
+    """Let the model's tensors be views of the slab, or converted from it where the dtype is another."""
+    converted = []
+    for place in places:
+        old, new = place.tensor, slab.tensor(file.header.entries[place.stored_name])
+        place.put(new.view(old.shape))
+        if new.dtype != old.dtype:
+            converted.append((place, old.dtype))
+    slab.wait()
+    for place, dtype in converted:
+        place.put(place.tensor.to(dtype))
+
+
+class _Place(NamedTuple):
+    """A tensor of the model, and the stored one that it comes from."""
+
+    module: nn.Module
+    attribute: str
+    stored_name: str
+
+    @property
+    def tensor(self) -> Tensor:
+        return getattr(self.module, self.attribute)
+
+    def put(self, tensor: Tensor) -> None:
+        is_parameter = self.attribute in self.module._parameters
+        setattr(
+            self.module, self.attribute, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
+        )
+
+
+class _Unfilled(TorchFunctionMode):
+    """Layers are made without random weights: even on the meta device these cost torch seconds of imports."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", "") == nn.init.__name__:
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
+def _place_weights(model: CausalLM, weights: Weights, dtype: torch.dtype) -> list[_Place]:
+    """Replace each layer of a model on the meta device by one over the file's tensors of its name."""
+    places: list[_Place] = []
     for path, module in list(model.named_modules()):
         name = f"{path}.weight"
         if model.config.tie_word_embeddings and name in _TIED and not weights.has(name):
             name = _TIED[name]
-        layer: nn.Module
         if isinstance(module, RMSNorm):
             value = weights.kept(name, tuple(module.weight.shape)).to(dtype)
             module.weight = nn.Parameter(value, requires_grad=False)
-            continue
-        if isinstance(module, nn.Linear):
-            shape, bias = tuple(module.weight.shape), None
-            if module.bias is not None:
-                bias = weights.kept(f"{path}.bias", (shape[0],)).to(dtype)
-            if weights.is_packed(name):
-                layer = NF4Linear(weights.packed(name, shape), bias)
-            else:
-                layer = KeptLinear(weights.kept(name, shape), bias)
-        elif isinstance(module, nn.Embedding):
-            shape = tuple(module.weight.shape)
-            if weights.is_packed(name):
-                layer = NF4Embedding(weights.packed(name, shape), dtype)
-            else:
-                layer = KeptEmbedding(weights.kept(name, shape))
-        else:
-            continue
-        parent, _, leaf = path.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, layer)
-        placed.append((layer, weights.stored_name(name)))
+            places.append(_Place(module, "weight", weights.stored_name(name)))
+        elif isinstance(module, (nn.Linear, nn.Embedding)):
+            layer = _layer_over(module, path, name, weights, dtype)
+            parent, _, leaf = path.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, layer)
+            stored = weights.stored_name(name)
+            parts = PACKED_PARTS if isinstance(layer, (NF4Linear, NF4Embedding)) else {"weight": ""}
+            places += [_Place(layer, part, stored + suffix) for part, suffix in parts.items()]
+            if getattr(layer, "bias", None) is not None:
+                places.append(_Place(layer, "bias", weights.stored_name(f"{path}.bias")))
     unused = [name for name in weights.unused() if not name.endswith(_IGNORED_SUFFIX)]
     if unused:
         raise LoadError(
@@ -127,26 +178,24 @@ def _place_weights(model: CausalLM, weights: Weights, dtype: torch.dtype) -> lis
             tensor=unused[0],
             remedy="config.json names another architecture than the checkpoint has",
         )
-    return placed
+    return places
 
 
-def _move_to_gpu(model: CausalLM, placed: list[tuple[nn.Module, str]], device: torch.device) -> None:
-    """Let the layers look at a slab on the GPU instead of the mapping; norms and biases follow."""
-    from .upload import Slab
-
-    assert model.source is not None
-    slab = Slab(model.source, device)
-    for layer, name in placed:
-        if isinstance(layer, (NF4Linear, NF4Embedding)):
-            for buffer, suffix in PACKED_PARTS.items():
-                dtype = getattr(layer, buffer).dtype
-                setattr(layer, buffer, slab.tensor(name + suffix, dtype))
-        else:
-            old = layer.weight
-            assert isinstance(old, torch.Tensor)
-            layer.weight = slab.tensor(name, old.dtype).view(old.shape)
-    model.to(device)
-    model.slab = slab.memory
+def _layer_over(
+    module: nn.Linear | nn.Embedding, path: str, name: str, weights: Weights, dtype: torch.dtype
+) -> nn.Module:
+    """The layer for one on the meta device, over the file's tensors: packed or kept, as they are there."""
+    shape = tuple(module.weight.shape)
+    if isinstance(module, nn.Embedding):
+        if weights.is_packed(name):
+            return NF4Embedding(weights.packed(name, shape), dtype)
+        return KeptEmbedding(weights.kept(name, shape))
+    bias = None
+    if module.bias is not None:
+        bias = weights.kept(f"{path}.bias", (shape[0],)).to(dtype)
+    if weights.is_packed(name):
+        return NF4Linear(weights.packed(name, shape), bias)
+    return KeptLinear(weights.kept(name, shape), bias)
 
 
 def _compute_dtype(path: str | os.PathLike[str], dtype: str | torch.dtype) -> torch.dtype:

@@ -1,129 +1,157 @@
 """Moving a packed file to a GPU: read, checked and copied in one pass, in little host memory.
 
 The part of the file that holds weights becomes one slab of device memory, byte for byte, and every weight a
-view of it. Readers take the chunks over which the file has sums:
-
-    file   | 4 MiB | 4 MiB | 4 MiB | ...             pread, several threads
-    ring   [ slot ][ slot ] ... pinned               sum compared here
-    slab   | 4 MiB | 4 MiB | 4 MiB | ...             asynchronous copy; its event frees the slot
+view of it. Threads of `nf4._cuda` (csrc/cuda/upload.cpp) do the work, without the interpreter: each takes the
+next of the chunks over which the file has sums, and moves it in pieces through a small ring of pinned memory.
 """
 
 from __future__ import annotations
 
 import os
-from concurrent.futures import ThreadPoolExecutor
-from queue import SimpleQueue
+from types import TracebackType
 
 import torch
 from torch import Tensor
 
-from nf4format.container import Nf4File
+from nf4format.errors import Nf4Error
+from nf4format.files import open_regular, read_failure
 from nf4format.header import TensorEntry
-from nf4format.sums import CHUNK_BYTES, Chunk, xxh3
+from nf4format.region import DataRegion, glance
+from nf4format.sums import CHUNK_BYTES
 
 from . import ops_cuda
 from .errors import LoadError
+from .weights import TORCH_DTYPES
 
-MOST_READERS = 16  # more do not read a page cache faster
-SLOTS_PER_READER = 2  # one being filled, one on its way
+# Measured on an H200 with 16 cores: enough to keep the link busy, and some cores left for the rest.
+MOST_READERS = 12
+PIECE_BYTES = 2 << 20  # large enough for the link, small enough to be hashed in a core's cache
+SLOTS = 3  # pieces of one reader: one being read, the others on their way
 
 
 class Slab:
     """The weights of a file in the memory of one GPU.
 
+    Reading starts at once and goes on by itself; `tensor` can be called before `wait`, but what it gives has
+    its values only then. Leaving it as a context manager is `cancel`.
+
     Args:
-        file: open; only its descriptor is used, not its mapping.
+        path: for messages.
+        fd: of the file; it may be closed once this returns.
+        region: where its weights lie, and the sums of its chunks.
         device: a GPU.
         readers: threads; None takes one a CPU, at most MOST_READERS.
+        check: compare with the sums; False is for measuring what that costs.
+
+    Attributes:
+        region: as given.
+        memory: the slab, uint8.
 
     Raises:
-        LoadError: too little memory on the GPU, or bytes that differ from their sum.
-        FormatError: the file cannot be read.
+        LoadError: too little memory on the GPU.
     """
 
-    def __init__(self, file: Nf4File, device: torch.device, *, readers: int | None = None) -> None:
-        self._begin = file.header.data_start
-        self._entries = file.header.entries
-        chunks = file.chunks()
-        num_bytes = file.weights_end - self._begin
-        self.memory = _allocate(file, num_bytes, device)
-        readers = min(readers or min(MOST_READERS, os.cpu_count() or 1), max(1, len(chunks)))
-        copies = torch.cuda.Stream(device)
-        copies.wait_stream(torch.cuda.current_stream(device))  # the slab's memory may have been in use there
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        fd: int,
+        region: DataRegion,
+        device: torch.device,
+        *,
+        readers: int | None = None,
+        check: bool = True,
+    ) -> None:
+        self.region = region
+        self._path = path
+        self._device = device
+        self.memory = _allocate(path, region.weights_end - region.begin, device)
+        with torch.cuda.device(device):
+            self._upload = ops_cuda.kernels().Upload(
+                fd,
+                begin=region.begin,
+                end=region.end,
+                chunk_bytes=CHUNK_BYTES,
+                sums=region.sums if check else b"",
+                memory=self.memory.data_ptr(),
+                bytes=self.memory.numel(),
+                device=self.memory.device.index,
+                after=torch.cuda.current_stream(device).cuda_stream,
+                readers=readers or min(MOST_READERS, len(os.sched_getaffinity(0))),
+                piece_bytes=PIECE_BYTES,
+                slots=SLOTS,
+            )
+
+    @classmethod
+    def at_a_glance(cls, path: str | os.PathLike[str], device: torch.device) -> Slab | None:
+        """A slab that reads before the file's header is parsed; None where a glance does not suffice.
+
+        It may be used only if the open file's region is the same.
+
+        Raises:
+            LoadError: too little memory on the GPU.
+            FormatError: the file cannot be opened or read.
+        """
+        fd = open_regular(path)
         try:
-            with ThreadPoolExecutor(readers, thread_name_prefix="upload") as pool:
-                ring = _Ring(min(readers * SLOTS_PER_READER, max(1, len(chunks))), device)
-                tasks = [pool.submit(self._move, file, chunk, ring, copies) for chunk in chunks]
-                try:
-                    for task in tasks:
-                        task.result()
-                except BaseException:
-                    for task in tasks:
-                        task.cancel()
-                    raise
+            region = glance(fd)
+            return None if region is None else cls(path, fd, region, device)
         finally:
-            copies.synchronize()  # before the ring is given back, and before any other stream reads
+            os.close(fd)
+
+    def tensor(self, entry: TensorEntry) -> Tensor:
+        """A stored tensor as a flat tensor of its dtype in the file, a view of the slab."""
+        data = self.memory[entry.begin - self.region.begin : entry.end - self.region.begin]
+        return data if entry.dtype == "U8" else data.view(TORCH_DTYPES[entry.dtype])
+
+    def wait(self) -> None:
+        """Until all of it is there, checked.
+
+        Raises:
+            LoadError: bytes that differ from their sum; a copy that failed.
+            FormatError: the file cannot be read, or has become shorter.
+        """
+        failure = self._upload.wait()
+        if failure is not None:
+            raise self._error(*failure)
         ops_cuda.mark_constant(self.memory)
 
-    def tensor(self, name: str, dtype: torch.dtype = torch.uint8) -> Tensor:
-        """A stored tensor's bytes as a flat tensor of `dtype`, a view of the slab."""
-        entry: TensorEntry = self._entries[name]
-        return self.memory[entry.begin - self._begin : entry.end - self._begin].view(dtype)
+    def cancel(self) -> None:
+        """Stop; when this returns, nothing uses the file or the slab any more."""
+        self._upload.cancel()
 
-    def _move(self, file: Nf4File, chunk: Chunk, ring: _Ring, copies: torch.cuda.Stream) -> None:
-        slot = ring.take()
-        try:
-            size = chunk.end - chunk.begin
-            data = slot.view[:size]
-            file.read_into(data, chunk.begin)
-            if xxh3(data) != chunk.sum:
-                raise LoadError(
-                    file.path,
-                    f"data is damaged (bytes {chunk.begin} to {chunk.end})",
-                    remedy="nf4 verify names the tensors; fetch the file again or compile it again",
-                )
-            at = chunk.begin - self._begin
-            wanted = min(size, self.memory.numel() - at)
-            if wanted > 0:
-                with torch.cuda.stream(copies):
-                    self.memory[at : at + wanted].copy_(slot.pinned[:wanted], non_blocking=True)
-                    slot.copied.record(copies)
-        finally:
-            ring.give(slot)
+    def __enter__(self) -> Slab:
+        return self
 
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.cancel()
 
-class _Slot:
-    def __init__(self) -> None:
-        self.pinned = torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=True)
-        self.view = self.pinned.numpy().data
-        self.copied = torch.cuda.Event()  # a fresh event counts as done
+    def _error(self, what: str, index: int, code: int) -> Nf4Error:
+        begin, end = self.region.chunk(index)
+        if what == "damaged":
+            return LoadError(
+                self._path,
+                f"data is damaged (bytes {begin} to {end})",
+                remedy="nf4 verify names the tensors; fetch the file again or compile it again",
+            )
+        if what == "destination":
+            text = ops_cuda.kernels().error_text(code)
+            remedy = "end other programs on this GPU and try again, or use the CPU"
+            return LoadError(self._path, f"copying to {self._device} failed: {text}", remedy=remedy)
+        return read_failure(self._path, what, (begin, end), code)
 
 
-class _Ring:
-    """Pinned buffers, handed out when the copy out of them has ended."""
-
-    def __init__(self, slots: int, device: torch.device) -> None:
-        self._free: SimpleQueue[_Slot] = SimpleQueue()
-        with torch.cuda.device(device):
-            for _ in range(slots):
-                self._free.put(_Slot())
-
-    def take(self) -> _Slot:
-        slot = self._free.get()
-        slot.copied.synchronize()
-        return slot
-
-    def give(self, slot: _Slot) -> None:
-        self._free.put(slot)
-
-
-def _allocate(file: Nf4File, num_bytes: int, device: torch.device) -> Tensor:
+def _allocate(path: str | os.PathLike[str], num_bytes: int, device: torch.device) -> Tensor:
     try:
         return torch.empty(num_bytes, dtype=torch.uint8, device=device)
     except torch.OutOfMemoryError:
         free, total = torch.cuda.mem_get_info(device)
         raise LoadError(
-            file.path,
+            path,
             f"too little memory on {device} for the weights",
             expected=f"{num_bytes:,} bytes",
             got=f"{free:,} free of {total:,}",

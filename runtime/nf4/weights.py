@@ -10,7 +10,7 @@ from nf4format.container import Nf4File
 
 from .errors import LoadError
 
-_TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 class Weights:
@@ -52,11 +52,11 @@ class Weights:
             )
         data, dtype, stored_shape = self.file.kept(name)
         self._check_shape(name, shape, stored_shape)
-        if dtype not in _TORCH_DTYPES:
-            expected = " or ".join(_TORCH_DTYPES)
+        if dtype not in TORCH_DTYPES:
+            expected = " or ".join(TORCH_DTYPES)
             remedy = "convert the checkpoint to one of these and compile it again"
             raise LoadError(self.file.path, tensor=name, expected=expected, got=dtype, remedy=remedy)
-        return torch.from_numpy(data).view(_TORCH_DTYPES[dtype]).view(stored_shape)
+        return torch.from_numpy(data).view(TORCH_DTYPES[dtype]).view(stored_shape)
 
     def unused(self) -> list[str]:
         """Names of stored tensors that were never asked for, in file order."""

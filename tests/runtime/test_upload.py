@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 import nf4
-from nf4 import ops_cuda
+from nf4 import ops_cuda, upload
 from nf4.errors import LoadError
 from nf4.generate import generate
 from nf4.linear import PACKED_PARTS, NF4Embedding, NF4Linear
@@ -19,10 +24,13 @@ from nf4.tokenizer import Tokenizer
 from nf4.train import TrainOptions, train
 from nf4.upload import Slab
 from nf4format.container import Nf4File
+from nf4format.errors import FormatError
+from nf4format.region import DataRegion, glance
 from nf4format.sums import CHUNK_BYTES
 
 pytestmark = pytest.mark.cuda
 
+CUDA = torch.device("cuda", 0)
 IDS = torch.arange(3, 43).view(2, 20)
 
 
@@ -65,25 +73,127 @@ def test_every_weight_is_a_view_of_the_slab_with_the_files_bytes(make_packed):
     assert begin not in ops_cuda._constant
 
 
-def test_a_file_of_many_chunks_and_few_readers(make_packed):
-    path = make_packed("llama", hidden_size=1024, intermediate_size=2048, num_attention_heads=8)
-    with Nf4File.open(path, mmap=False) as file:
-        assert len(file.chunks()) > 2
+@pytest.fixture
+def large(make_packed):
+    """A file of several chunks."""
+    return make_packed("llama", hidden_size=1024, intermediate_size=2048, num_attention_heads=8)
+
+
+def test_a_file_of_many_chunks_and_few_readers(large):
+    with Nf4File.open(large, mmap=False) as file:
+        assert len(file.region.sums) > 2 * 8
         for readers in (1, 3, None):
-            slab = Slab(file, torch.device("cuda", 0), readers=readers)
-            raw = path.read_bytes()[file.header.data_start : file.weights_end]
+            with Slab(large, file.fileno(), file.region, CUDA, readers=readers) as slab:
+                slab.wait()
+            raw = large.read_bytes()[file.header.data_start : file.weights_end]
             assert slab.memory.cpu().numpy().tobytes() == raw
 
 
-def test_damage_is_found_on_the_way(make_packed):
-    path = make_packed("llama", hidden_size=1024, intermediate_size=2048, num_attention_heads=8)
-    with Nf4File.open(path) as file:
+def test_damage_is_found_on_the_way(large):
+    with Nf4File.open(large) as file:
         at = file.header.data_start + CHUNK_BYTES + 17
-    data = bytearray(path.read_bytes())
+    data = bytearray(large.read_bytes())
     data[at] ^= 4
-    path.write_bytes(data)
+    large.write_bytes(data)
     with pytest.raises(LoadError, match=rf"data is damaged \(bytes {at - 17} to \d+\); nf4 verify"):
-        nf4.load(path, device="cuda")
+        nf4.load(large, device="cuda")
+    with Nf4File.open(large) as file:
+        slab = Slab(large, file.fileno(), file.region, CUDA, check=False)
+    slab.wait()
+    assert slab.memory.cpu().numpy().tobytes() == data[file.header.data_start : file.weights_end]
+
+
+def test_a_file_cut_short_while_it_is_read(large):
+    with Nf4File.open(large, mmap=False) as file:
+        os.truncate(large, file.header.data_start + CHUNK_BYTES + 1000)
+        with pytest.raises(
+            FormatError, match=r"the file ends while bytes \d+ to \d+ are read, got 4\d+ bytes"
+        ):
+            Slab(large, file.fileno(), file.region, CUDA).wait()
+
+
+def test_a_file_that_cannot_be_read(large, tmp_path):
+    directory = os.open(tmp_path, os.O_RDONLY)
+    with Nf4File.open(large) as file, pytest.raises(FormatError, match=f"{large}: is a directory"):
+        Slab(large, directory, file.region, CUDA).wait()
+    os.close(directory)
+
+
+def test_a_copy_that_fails_is_told(large, monkeypatch):
+    kernels = ops_cuda.kernels()
+    real = kernels.Upload
+    monkeypatch.setattr(kernels, "Upload", lambda *args, **kwargs: real(*args, **{**kwargs, "device": 99}))
+    message = "copying to cuda:0 failed: cudaErrorInvalidDevice: invalid device ordinal; end other programs"
+    with pytest.raises(LoadError, match=message):
+        nf4.load(large, device="cuda")
+
+
+def test_what_a_glance_tells_is_not_believed(large, monkeypatch):
+    """A region that the header does not confirm is read again."""
+    expected = nf4.load(large, device="cuda").slab
+
+    def other(fd: int) -> DataRegion:
+        region = glance(fd)
+        return replace(region, weights_end=region.weights_end - 64)
+
+    for found in (other, lambda fd: None):
+        monkeypatch.setattr(upload, "glance", found)
+        assert torch.equal(nf4.load(large, device="cuda").slab, expected)
+
+
+def test_failures_leave_nothing_behind(large):
+    with large.open("r+b") as file:
+        file.seek(-200_000, os.SEEK_END)
+        file.write(b"damage")
+
+    def kept() -> tuple[int, int, int]:
+        gc.collect()
+        descriptors, threads = (len(list(Path(f"/proc/self/{kind}").iterdir())) for kind in ("fd", "task"))
+        return torch.cuda.memory_allocated(), descriptors, threads
+
+    with pytest.raises(LoadError):
+        nf4.load(large, device="cuda")
+    before = kept()
+    for _ in range(5):
+        with pytest.raises(LoadError):
+            nf4.load(large, device="cuda")
+    assert kept() == before
+
+
+def test_ctrl_c_ends_it(tmp_path):
+    hole = tmp_path / "hole"
+    with hole.open("wb") as file:
+        file.truncate(1 << 42)
+    memory = torch.empty(1 << 20, dtype=torch.uint8, device="cuda")
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with hole.open("rb") as file:
+        endless = ops_cuda.kernels().Upload(
+            file.fileno(),
+            begin=0,
+            end=1 << 42,
+            chunk_bytes=1 << 41,
+            sums=b"",
+            memory=memory.data_ptr(),
+            bytes=memory.numel(),
+            device=0,
+            after=torch.cuda.current_stream().cuda_stream,
+            readers=2,
+            piece_bytes=1 << 20,
+            slots=2,
+        )
+        before = signal.signal(signal.SIGALRM, interrupt)
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0.2)
+            with pytest.raises(KeyboardInterrupt):
+                endless.wait()
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+        endless.cancel()
+    assert not memory.any()
 
 
 def test_too_little_memory_is_told(make_packed, monkeypatch):
