@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,11 +81,26 @@ class StepNumbers:
 
 
 class StepReports:
-    """Takes the numbers of each step, and writes them to summary, log and bar when `catch_up` is called."""
+    """Takes the numbers of each step, and writes them to summary, log and bar when `catch_up` is called.
 
-    def __init__(self, summary: TrainSummary, log: RunLog, bar: tqdm, optimizer: PagedAdamW) -> None:
+    Args:
+        say: told at the start, and whenever that changes, how much optimizer state is paged.
+    """
+
+    def __init__(
+        self,
+        summary: TrainSummary,
+        log: RunLog,
+        bar: tqdm,
+        optimizer: PagedAdamW,
+        say: Callable[[str], None],
+    ) -> None:
         self._summary, self._log, self._bar, self._optimizer = summary, log, bar, optimizer
+        self._say = say
         self._unread: list[StepNumbers] = []
+        self._state_bytes = optimizer.pager.num_pages * optimizer.pager.page_bytes
+        self._capacity_told = self._state_bytes
+        self._tell_paging()
 
     def add(self, numbers: StepNumbers) -> None:
         """A step whose work has been started."""
@@ -123,10 +139,19 @@ class StepReports:
             record["gpu_memory_bytes"] = torch.cuda.max_memory_allocated(device)
         if numbers.loss_scale is not None:
             record["loss_scale"] = numbers.loss_scale
-        if pager.capacity_bytes < pager.num_pages * pager.page_bytes:
+        if pager.capacity_bytes < self._state_bytes:
             record["pages"] = asdict(pager.stats)
+            self._tell_paging()
         self._log.write(**record)
         self._bar.update()
         self._bar.set_postfix_str(
             f"loss {loss:.3f}, {summary.tokens_per_second:,.0f} tokens/s, {memory / 2**20:,.0f} MiB"
         )
+
+    def _tell_paging(self) -> None:
+        capacity = self._optimizer.pager.capacity_bytes
+        if capacity != self._capacity_told:
+            self._capacity_told = capacity
+            place = "on the GPU" if self._optimizer.device.type == "cuda" else "in memory"
+            kept = f"at most {capacity:,} of them {place}, the rest paged"
+            self._say(f"optimizer state: {self._state_bytes:,} bytes, {kept}")

@@ -144,7 +144,7 @@ def train(
         ):
             evaluate_now(0)
             model.train()
-            reports = StepReports(summary, log, bar, optimizer)
+            reports = StepReports(summary, log, bar, optimizer, say)
             for step, micro_batches in enumerate(plan, 1):
                 rate = options.lr * rate_factor(
                     step - 1, steps=plan.steps, warmup=options.warmup, schedule=options.schedule

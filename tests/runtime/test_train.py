@@ -131,8 +131,13 @@ def test_same_seed_same_run_bit_for_bit_whatever_the_paging(
     ):
         run = changed(options, out=tmp_path / f"run{number}", **changes)
         torch.manual_seed(number)  # nothing may depend on the state outside
-        train(make_model(), TOKENIZER, run)
-        results.append((weights(run), [record["loss"] for record in read_log(run)]))
+        said: list[str] = []
+        train(make_model(), TOKENIZER, run, say=said.append)
+        records = read_log(run)
+        assert all(("pages" in record) == ("page_budget" in changes) for record in records)
+        paged = "optimizer state: 30,000 bytes, at most 4,000 of them in memory, the rest paged"
+        assert (paged in said) == ("page_budget" in changes)
+        results.append((weights(run), [record["loss"] for record in records]))
     assert results[0] == results[1] == results[2]
     assert results[3] != results[0]
     assert not (tmp_path / "pages").exists()
