@@ -30,7 +30,7 @@ struct Step {
   float beta1, beta2;
   float one_minus_beta1, one_minus_beta2;  // from the host's doubles: 1 - 0.999f is off by 1e-5 of itself
   float step_size;                         // lr / (1 - beta1^t)
-  float root_correction;                   // sqrt(1 - beta2^t)
+  float inverse_root;                      // 1 / sqrt(1 - beta2^t)
   float eps;
 };
 
@@ -59,7 +59,7 @@ __device__ inline float updated(float parameter, float gradient, float& exp_avg,
   parameter = __fmul_rn(parameter, s.decay);
   exp_avg = fmaf(s.one_minus_beta1, __fsub_rn(gradient, exp_avg), exp_avg);
   exp_avg_sq = fmaf(s.one_minus_beta2, __fmul_rn(gradient, gradient), __fmul_rn(exp_avg_sq, s.beta2));
-  const float denominator = __fadd_rn(__fdiv_rn(__fsqrt_rn(exp_avg_sq), s.root_correction), s.eps);
+  const float denominator = __fadd_rn(__fmul_rn(__fsqrt_rn(exp_avg_sq), s.inverse_root), s.eps);
   return fmaf(-s.step_size, __fdiv_rn(exp_avg, denominator), parameter);
 }
 
@@ -177,7 +177,7 @@ Step step_of(const Nf4AdamwSetting& s) {
           static_cast<float>(1.0 - s.beta1),
           static_cast<float>(1.0 - s.beta2),
           static_cast<float>(s.lr / (1.0 - pow(s.beta1, t))),
-          static_cast<float>(sqrt(1.0 - pow(s.beta2, t))),
+          static_cast<float>(1.0 / sqrt(1.0 - pow(s.beta2, t))),
           static_cast<float>(s.eps)};
 }
 

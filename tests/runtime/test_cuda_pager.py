@@ -266,14 +266,16 @@ def test_pool_takes_the_memory_there_is(
 @pytest.mark.cuda
 @pytest.mark.parametrize("budget_pages", [1, 2, 5, None])
 def test_pages_on_a_gpu(budget_pages: int | None) -> None:
-    page_bytes, num_pages = 1 << 20, 23
+    page_bytes, num_pages = 4 << 20, 23
     device = torch.device("cuda")
     gc.collect()
     before = torch.cuda.memory_allocated()
     budget = None if budget_pages is None else budget_pages * page_bytes
     pager = CudaPager(num_pages, page_bytes, budget_bytes=budget, device=device)
     slots = budget_pages or num_pages
-    assert torch.cuda.memory_allocated() - before == pager.capacity_bytes == slots * page_bytes
+    assert pager.capacity_bytes == slots * page_bytes
+    rounding = 2 << 20  # the allocator's
+    assert 0 <= torch.cuda.memory_allocated() - before - pager.capacity_bytes <= rounding
     expected = torch.zeros(num_pages, page_bytes // 4, dtype=torch.int32, device=device)
     order = list(range(num_pages))
     wrong = torch.zeros((), dtype=torch.int64, device=device)
@@ -292,7 +294,7 @@ def test_pages_on_a_gpu(budget_pages: int | None) -> None:
         if number == 5:
             given = pager.shrink()
             left = torch.cuda.memory_allocated() - before - expected.nbytes
-            assert left <= min(slots, SLAB_PAGES) * page_bytes + 4096
+            assert left <= min(slots, SLAB_PAGES) * page_bytes + 2 * rounding
             assert given == max(0, slots - SLAB_PAGES) * page_bytes
     assert wrong.item() == 0
     pager.close()
