@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ from .decoder import CausalLM
 from .errors import TrainError
 from .loss import backward_loss, labelled_positions
 from .optim import PagedAdamW
+
+T = TypeVar("T")
 
 
 def train_step(
@@ -55,18 +58,16 @@ def train_step(
     """
     fresh = [p for group in optimizer.param_groups for p in group["params"] if p.grad is None]
     random = _RandomState(model.device)
-    loss = _attempt(model, optimizer, batches, step, is_last=False)
-    if loss is None:  # here the failed attempt's activations are gone: nothing holds its traceback
+
+    def undo() -> None:
         for p in fresh:
             p.grad = None
         optimizer.zero_grad(set_to_none=False)
-        optimizer.release_memory()
-        if model.device.type == "cuda":
-            torch.cuda.empty_cache()
         random.restore()
-        loss = _attempt(model, optimizer, batches, step, is_last=True)
-        assert loss is not None
 
+    loss = relieved(
+        optimizer, lambda: _forward_backward(model, optimizer, batches, step), f"step {step}", undo
+    )
     scale = optimizer.loss_scale
     unscale = 1.0 if scale is None else 1 / scale.value
     norm = optimizer.gradient_norm() * unscale
@@ -91,6 +92,38 @@ def train_step(
     return loss, norm
 
 
+def relieved(
+    optimizer: PagedAdamW, work: Callable[[], T], what: str, undo: Callable[[], None] = lambda: None
+) -> T:
+    """What `work` returns; where GPU memory runs out, optimizer pages go to the host and it begins again.
+
+    Args:
+        what: for messages.
+        undo: takes back what the first attempt changed.
+
+    Raises:
+        TrainError: the memory does not suffice then either.
+    """
+    reason = None
+    for is_last in (False, True):
+        try:
+            return work()
+        except torch.OutOfMemoryError as error:
+            reason = str(error).partition(". ")[0]
+        # Past the handler nothing holds the attempt's traceback, and with it activations.
+        if not is_last:
+            undo()
+            optimizer.release_memory()
+            if optimizer.device.type == "cuda":
+                torch.cuda.empty_cache()
+    raise TrainError(
+        "",
+        f"{what}: not enough GPU memory, with optimizer state on the host",
+        got=reason,
+        remedy="use --checkpointing, or lower --batch or --seq-len",
+    )
+
+
 def not_finite(what: str, step: int, value: float) -> TrainError:
     """The error of a run whose numbers went wrong."""
     return TrainError(
@@ -98,24 +131,6 @@ def not_finite(what: str, step: int, value: float) -> TrainError:
         f"step {step}: the {what} is not finite",
         got=value,
         remedy="lower --lr, or use --dtype float32",
-    )
-
-
-def _attempt(
-    model: CausalLM, optimizer: PagedAdamW, batches: Sequence[Batch], step: int, *, is_last: bool
-) -> Tensor | None:
-    """Forward and backward of all micro-batches: their mean loss, or None where memory did not suffice."""
-    try:
-        return _forward_backward(model, optimizer, batches, step)
-    except torch.OutOfMemoryError as error:
-        if not is_last:
-            return None
-        reason = str(error).partition(". ")[0]
-    raise TrainError(
-        "",
-        f"step {step}: not enough GPU memory, with optimizer state on the host",
-        got=reason,
-        remedy="use --checkpointing, or lower --batch or --seq-len",
     )
 
 

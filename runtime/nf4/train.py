@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from .optim import DEFAULT_PAGE_BYTES, PagedAdamW
 from .progress import StepNumbers, StepReports, TrainSummary
 from .runlog import RunLog, StopRequest
 from .schedule import SCHEDULES, rate_factor
-from .step import not_finite, train_step
+from .step import not_finite, relieved, train_step
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def train(
 
     def evaluate_now(step: int) -> None:
         if evaluation is not None and step not in summary.evaluations:
-            loss = evaluate(model, evaluation, options.batch)
+            loss = relieved(optimizer, partial(evaluate, model, evaluation, options.batch), "evaluation")
             if not math.isfinite(loss):
                 raise not_finite("evaluation loss", step, loss)
             summary.evaluations[step] = loss

@@ -91,6 +91,36 @@ def test_equals_torch_bit_for_bit_for_any_pages(
     optimizer.close()
 
 
+@pytest.mark.parametrize("budget_bytes", [None, 800])
+def test_bfloat16_parameters_are_rounded_once_a_step(budget_bytes: int | None) -> None:
+    generator = torch.Generator().manual_seed(2)
+    ours = torch.nn.Parameter(torch.randn(500, generator=generator).bfloat16())
+    theirs = torch.nn.Parameter(ours.detach().float())
+    optimizer = PagedAdamW([ours], **SETTINGS, page_bytes=800, budget_bytes=budget_bytes)
+    reference = torch.optim.AdamW([theirs], **SETTINGS)
+    for _ in range(5):
+        ours.grad = torch.randn(500, generator=generator).bfloat16()
+        theirs.grad = ours.grad.float()
+        optimizer.step()
+        reference.step()
+        theirs.data.copy_(theirs.data.bfloat16().float())
+    assert torch.equal(ours.float(), theirs)
+    optimizer.close()
+
+
+def test_factor_multiplies_gradients_and_one_not_finite_changes_nothing() -> None:
+    ours, theirs = torch.nn.Parameter(torch.ones(9)), torch.nn.Parameter(torch.ones(9))
+    optimizer, reference = PagedAdamW([ours], **SETTINGS), torch.optim.AdamW([theirs], **SETTINGS)
+    ours.grad, theirs.grad = torch.arange(9.0), torch.arange(9.0) * 0.3
+    for bad in (float("nan"), float("inf")):
+        optimizer.step(gradient_factor=torch.tensor(bad))
+    assert torch.equal(ours, torch.ones(9))
+    assert optimizer.state_dict()["state"] == {}
+    optimizer.step(gradient_factor=torch.tensor(0.3))
+    reference.step()
+    assert torch.equal(ours, theirs)
+
+
 def test_alternate_sweeps_find_the_resident_pages() -> None:
     p = torch.nn.Parameter(torch.zeros(1000))
     optimizer = PagedAdamW([p], page_bytes=800, budget_bytes=5 * 800)  # 10 pages, 5 resident

@@ -102,6 +102,19 @@ def test_a_step_that_ran_out_of_memory_is_repeated_exactly(
     assert all(torch.equal(a, b) for a, b in zip(results[0][0], results[1][0], strict=True))
 
 
+def test_evaluation_that_ran_out_of_memory_is_repeated(
+    make_model: Callable[..., CausalLM], options: Callable[..., TrainOptions]
+) -> None:
+    evaluations = []
+    for name, fails_at in (("plain", 1000), ("pressed", 2)):
+        model = bare(make_model())
+        calls = fail_once(model, fails_at)
+        summary = train(model, ByteTokenizer(), options(name, steps=1, eval_fraction=0.3))
+        evaluations.append(summary.evaluations)
+    assert evaluations[0] == evaluations[1]
+    assert calls[0] > 4
+
+
 def test_running_out_of_memory_twice_is_told(make_model: Callable[..., CausalLM]) -> None:
     model = make_model()
     before = values_of(model)
