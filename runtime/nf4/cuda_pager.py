@@ -31,7 +31,8 @@ from torch import Tensor, cuda
 from .errors import TrainError
 from .pager import PagerStats, slots_within
 
-SLAB_PAGES = 4  # what stays under pressure: a page in use, one leaving, one arriving, one in reserve
+SLAB_PAGES = 8  # what stays under pressure: with four the link idles now and then, with eight hardly
+GROUPS = 4  # of pages in the pool: one in use, one leaving, one arriving, one in reserve
 
 
 class PinnedArena:
@@ -172,7 +173,7 @@ class CudaPager:
         # because the next sweep, in the opposite order, wants them last.
         done = deque(page for page in self._table if page not in position)
         self._exchange(done, missing)
-        size = max(1, self.capacity_bytes // self.page_bytes // SLAB_PAGES) if missing else len(order)
+        size = max(1, self.capacity_bytes // self.page_bytes // GROUPS) if missing else len(order)
         for start in range(0, len(order), max(1, size)):
             group = order[start : start + size]
             for page in group:

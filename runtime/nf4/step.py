@@ -109,7 +109,7 @@ def relieved(
         try:
             return work()
         except torch.OutOfMemoryError as error:
-            reason = str(error).partition(". ")[0]
+            reason = ". ".join(str(error).split(". ")[:2])  # what, and how much
         # Past the handler nothing holds the attempt's traceback, and with it activations.
         if not is_last:
             undo()

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nf4.config import ModelConfig
 from nf4.cuda_pager import SLAB_PAGES
@@ -121,7 +122,8 @@ def test_running_out_of_memory_twice_is_told(make_model: Callable[..., CausalLM]
     fail_once(model, 2, times=9)
     with pytest.raises(
         TrainError,
-        match=r"step 7: not enough GPU memory, with optimizer state on the host, got CUDA out of memory; use",
+        match=r"step 7: not enough GPU memory, with optimizer state on the host, got CUDA out of memory\. "
+        r"Tried to allocate 2.00 GiB; use --checkpointing",
     ):
         train_step(model, PagedAdamW(trained(model)), make_batches(), rate=0.1, clip=1.0, step=7)
     assert all(torch.equal(a, b) for a, b in zip(before, values_of(model), strict=True))
@@ -267,7 +269,8 @@ def test_run_on_a_gpu_learns_pages_and_gives_the_same_adapter(
     adapters, losses = [], []
     for name, budget in (("resident", None), ("paged", 4096)):
         run = options(name, page_budget=budget, steps=20)
-        train(bare(make_model(torch.bfloat16, "cuda")), ByteTokenizer(), run)
+        with sdpa_kernel(SDPBackend.MATH):  # the others add gradients up in any order
+            train(bare(make_model(torch.bfloat16, "cuda")), ByteTokenizer(), run)
         adapters.append((run.out / "adapter_model.safetensors").read_bytes())
         records = read_log(run)
         losses.append([record["loss"] for record in records])
@@ -340,14 +343,12 @@ def test_update_waits_for_nothing(make_model: Callable[..., CausalLM]) -> None:
 
 @pytest.mark.cuda
 def test_running_out_of_gpu_memory_pages_the_optimizer_and_changes_nothing(
-    make_model: Callable[..., CausalLM], monkeypatch: pytest.MonkeyPatch
+    make_model: Callable[..., CausalLM],
 ) -> None:
     """A real limit: the first step fits with all state resident, the second, with longer texts, does not."""
     shape = {"hidden_size": 512, "intermediate_size": 1024}
     results, spared, most = [], 0, 0
-    long = make_batches(2, rows=64, length=384)
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)  # attention adds up in any order otherwise
+    long = make_batches(2, rows=24, length=384)
     try:
         for limited in (False, True):
             model = make_model(torch.bfloat16, "cuda", **shape)
@@ -356,15 +357,17 @@ def test_running_out_of_gpu_memory_pages_the_optimizer_and_changes_nothing(
                 layer.lora_B.data = layer.lora_B.data.repeat(1, 512) / 512
             optimizer = PagedAdamW(trained(model), lr=1e-3)
             resident = optimizer.pager.capacity_bytes
-            assert resident > 60 * SLAB_PAGES << 20
-            train_step(model, optimizer, make_batches(2), rate=1e-3, clip=1.0, step=1)
+            assert resident > 200 << 20
+            with sdpa_kernel(SDPBackend.MATH):
+                train_step(model, optimizer, make_batches(2), rate=1e-3, clip=1.0, step=1)
             torch.cuda.empty_cache()
             if limited:
                 limit = (most - resident // 4) / torch.cuda.mem_get_info()[1]
                 torch.cuda.set_per_process_memory_fraction(limit)
             torch.cuda.reset_peak_memory_stats()
-            train_step(model, optimizer, long, rate=1e-3, clip=1.0, step=2)
-            train_step(model, optimizer, long[:1], rate=1e-3, clip=1.0, step=3)
+            with sdpa_kernel(SDPBackend.MATH):  # the others add gradients up in any order
+                train_step(model, optimizer, long, rate=1e-3, clip=1.0, step=2)
+                train_step(model, optimizer, long[:1], rate=1e-3, clip=1.0, step=3)
             most = torch.cuda.max_memory_allocated()
             spared = resident - optimizer.pager.capacity_bytes
             results.append(values_of(model))
@@ -373,6 +376,5 @@ def test_running_out_of_gpu_memory_pages_the_optimizer_and_changes_nothing(
             torch.cuda.empty_cache()
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-        torch.use_deterministic_algorithms(False)
     assert spared == resident - SLAB_PAGES * (4 << 20)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
