@@ -31,9 +31,9 @@ bool linear_group(uintptr_t x, int dtype, int64_t m, int64_t k, const std::vecto
                               nested_offset};
     linears.push_back({weight, nullptr, pointer<void>(out), static_cast<int>(n)});
   }
-  const int code = nf4_linear_few_rows(linears.data(), static_cast<int>(size), pointer<const void>(x),
-                                       static_cast<int>(m), static_cast<int>(k), dtype, overlap,
-                                       pointer<CUstream_st>(stream));
+  const int code =
+      nf4_linear_few_rows(linears.data(), static_cast<int>(size), pointer<const void>(x), static_cast<int>(m),
+                          static_cast<int>(k), dtype, overlap, pointer<CUstream_st>(stream));
   if (code == cudaErrorNotSupported) return false;
   check("linear_group", code);
   return true;
