@@ -275,7 +275,7 @@ def measure_limit() -> list[Row]:
             rows.append(["no limit, all resident", most / MIB, None, free[:16]])
             again, _ = run_training(folder, "again")
             rows.append(["the same again", None, None, _compared(again, free)])
-            limit = most - 150 * MIB  # about half the optimizer state
+            limit = most - 100 * MIB  # a third of the optimizer state
             torch.cuda.set_per_process_memory_fraction(limit / total)
             with mock.patch.object(PagedAdamW, "release_memory", lambda optimizer: 0):
                 result, most = run_training(folder, "unpaged")
