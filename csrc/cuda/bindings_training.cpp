@@ -37,6 +37,15 @@ void dequantize_rows(Address codes, Address absmax, Address nested_absmax, Addre
                                                overlap, stream_of(stream)));
 }
 
+void copy_rows(Address source, int64_t source_stride, Address target, int64_t target_stride, int64_t rows,
+               int64_t size, int dtype, Address stream) {
+  require(rows >= 0, "rows", "at least 0", rows);
+  require(size >= 0, "size", "at least 0", size);
+  check_dtype("dtype", dtype);
+  const Nf4Rows from = {pointer<void>(source), source_stride}, to = {pointer<void>(target), target_stride};
+  check("copy_rows", nf4_copy_rows(&from, &to, rows, size, dtype, stream_of(stream)));
+}
+
 void rms_norm(Address x, int64_t x_stride, Address residual, int64_t residual_stride, Address sum,
               int64_t sum_stride, Address weight, Address y, int64_t y_stride, int64_t rows, int64_t size,
               float eps, int dtype, Address stream) {
@@ -128,6 +137,8 @@ void bind_training(py::module_& m) {
   m.def("dequantize_rows", &dequantize_rows, "codes"_a, "absmax"_a, "nested_absmax"_a, "nested_quant_map"_a,
         "nested_offset"_a, "rows"_a, "columns"_a, "out"_a, "stride"_a, "out_dtype"_a, "overlap"_a,
         "stream"_a);
+  m.def("copy_rows", &copy_rows, "source"_a, "source_stride"_a, "target"_a, "target_stride"_a, "rows"_a,
+        "size"_a, "dtype"_a, "stream"_a);
   m.def("rms_norm", &rms_norm, "x"_a, "x_stride"_a, "residual"_a, "residual_stride"_a, "sum"_a,
         "sum_stride"_a, "weight"_a, "y"_a, "y_stride"_a, "rows"_a, "size"_a, "eps"_a, "dtype"_a, "stream"_a);
   m.def("rms_norm_backward", &rms_norm_backward, "grad_y"_a, "grad_y_stride"_a, "x"_a, "x_stride"_a,

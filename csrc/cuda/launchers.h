@@ -102,6 +102,9 @@ int nf4_adamw(const Nf4AdamwChunk* chunks, int64_t num_chunks, int first_page, i
 int nf4_gradient_norm(const Nf4GradientChunk* chunks, int64_t num_chunks, float* sums_of_squares, float* norm,
                       cudaStream_t stream);
 
+int nf4_copy_rows(const Nf4Rows* source, const Nf4Rows* target, int64_t num_rows, int64_t size, int dtype,
+                  cudaStream_t stream);
+
 int nf4_rms_norm(const Nf4Rows* x, const Nf4Rows* residual, const Nf4Rows* sum, const void* weight,
                  const Nf4Rows* y, int num_rows, int size, float eps, int dtype, cudaStream_t stream);
 

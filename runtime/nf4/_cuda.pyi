@@ -129,6 +129,18 @@ def linear_group(
 ) -> bool:
     """`linear` of one x with up to 4 weights in one launch of the fast kernel; False where it cannot run."""
 
+def copy_rows(
+    source: int,
+    source_stride: int,
+    target: int,
+    target_stride: int,
+    rows: int,
+    size: int,
+    dtype: int,
+    stream: int,
+) -> None:
+    """target [rows, size] = source, strides in elements."""
+
 def rms_norm(
     x: int,
     x_stride: int,

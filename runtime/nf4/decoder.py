@@ -23,7 +23,7 @@ from .cache import KVCache
 from .checkpoints import Checkpoints, HostCheckpoints
 from .config import ModelConfig
 from .layer_graphs import LayerGraphs
-from .layer_step import Context, LayerStep, can_step, checkpointed
+from .layer_step import Context, LayerStep, can_step, stepped
 from .linear import project
 
 if TYPE_CHECKING:
@@ -192,8 +192,8 @@ class Decoder(nn.Module):
             for window in set(self.layer_windows)
         }
         contexts = [Context(cos_BTD, sin_BTD, seen[window]) for window in self.layer_windows]
-        if self.gradient_checkpointing and torch.is_grad_enabled() and cache is None:
-            x_BTH = self._keeping_inputs_only(x_BTH, contexts)
+        if cache is None and torch.is_grad_enabled() and (x_BTH.is_cuda or self.gradient_checkpointing):
+            x_BTH = self._differentiable(x_BTH, contexts)
         else:
             for layer, context in zip(self.layers, contexts, strict=True):
                 x_BTH = layer(x_BTH, *context, cache)
@@ -201,18 +201,23 @@ class Decoder(nn.Module):
             cache.length += new
         return self.norm(x_BTH)
 
-    def _keeping_inputs_only(self, x_BTH: Tensor, contexts: list[Context]) -> Tensor:
-        """All layers; backward computes everything between their inputs again."""
+    def _differentiable(self, x_BTH: Tensor, contexts: list[Context]) -> Tensor:
+        """All layers, ready for a backward pass: by hand where that can be, else by their modules."""
         steps = [self._step(i, layer) if x_BTH.is_cuda else None for i, layer in enumerate(self.layers)]
         own = [step for step in steps if step is not None]
-        if self.capture_graphs and len(own) == len(steps) and not self.offload_checkpoints:
-            replayed = self._graphs.run(x_BTH, own, contexts)
+        if not any(step.parameters for step in own) and not x_BTH.requires_grad:
+            own, steps = [], [None] * len(steps)
+        keep = not self.gradient_checkpointing
+        if self.capture_graphs and len(own) == len(self.layers) and (keep or not self.offload_checkpoints):
+            replayed = self._graphs.run(x_BTH, own, contexts, keep=keep)
             if replayed is not None:
                 return replayed
-        checkpoints = self._begin_checkpoints(x_BTH.device)
+        checkpoints = None if keep else self._begin_checkpoints(x_BTH.device)
         for layer, step, context in zip(self.layers, steps, contexts, strict=True):
             if step is not None:
-                x_BTH = checkpointed(x_BTH, step, context, checkpoints)
+                x_BTH = stepped(x_BTH, step, context, checkpoints)
+            elif keep:
+                x_BTH = layer(x_BTH, *context)
             else:
                 x_BTH = checkpoint(layer, x_BTH, *context, use_reentrant=False)
         return x_BTH

@@ -17,6 +17,14 @@ from .operands import DTYPE_CODES
 from .ops_cuda import kernels, stream_of
 
 
+def copy_rows(source_MH: Tensor, out: Tensor) -> None:
+    """out = source."""
+    if source_MH.is_cuda:
+        kernels().copy_rows(*_rows(source_MH), *_rows(out), *out.shape, *_dtype_and_stream(out))
+    else:
+        out.copy_(source_MH)
+
+
 def rms_norm(
     x_MH: Tensor, weight_H: Tensor, eps: float, *, out: Tensor, residual: Tensor | None = None
 ) -> None:

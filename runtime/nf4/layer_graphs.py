@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .layer_step import Context, LayerStep
+from .layer_step import Context, Kept, LayerStep
 
-MOST_TOKENS = 4096  # of a batch; with more the GPU is busy anyway
+MOST_TOKENS = 2048  # of a batch; with more the GPU is busy anyway
 PASSES_BEFORE = 2  # without graphs, which also settle what libraries choose at first use
 MOST_GRAPHS = 8  # shapes; those that come later stay without
 
@@ -37,8 +37,13 @@ class LayerGraphs:
         self._is_full = False
         self._under_way: weakref.ref[_Token] | None = None
 
-    def run(self, x_BTH: Tensor, steps: Sequence[LayerStep], contexts: Sequence[Context]) -> Tensor | None:
-        """The last layer's output, or None where this pass has to go layer by layer."""
+    def run(
+        self, x_BTH: Tensor, steps: Sequence[LayerStep], contexts: Sequence[Context], *, keep: bool
+    ) -> Tensor | None:
+        """The last layer's output, or None where this pass has to go layer by layer.
+
+        keep: as `LayerStep.forward` takes it.
+        """
         parameters = [parameter for step in steps for parameter in step.parameters]
         is_busy = self._under_way is not None and self._under_way() is not None
         is_plain = all(context.seen is None for context in contexts)
@@ -49,7 +54,7 @@ class LayerGraphs:
             or len(x_BTH[0]) * len(x_BTH) > MOST_TOKENS
         ):
             return None
-        key = (x_BTH.shape, x_BTH.dtype, x_BTH.device, x_BTH.requires_grad, contexts[0].cos_PTD.shape)
+        key = (x_BTH.shape, x_BTH.dtype, x_BTH.device, x_BTH.requires_grad, contexts[0].cos_PTD.shape, keep)
         recorded = self._recorded.get(key)
         if recorded is None or not recorded.holds(parameters):
             self._recorded.pop(key, None)
@@ -60,7 +65,7 @@ class LayerGraphs:
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
             try:
-                recorded = self._recorded[key] = _Recorded(x_BTH, steps, contexts[0], self._pool)
+                recorded = self._recorded[key] = _Recorded(x_BTH, steps, contexts[0], keep, self._pool)
             except torch.OutOfMemoryError:
                 self._is_full = True  # what graphs keep is missing elsewhere
                 return None
@@ -77,21 +82,24 @@ class _Token:
 class _Recorded:
     """Both passes of one shape, and the buffers that they start from and end in."""
 
-    def __init__(self, x_BTH: Tensor, steps: Sequence[LayerStep], context: Context, pool: Any) -> None:
+    def __init__(
+        self, x_BTH: Tensor, steps: Sequence[LayerStep], context: Context, keep: bool, pool: Any
+    ) -> None:
         parameters = [parameter for step in steps for parameter in step.parameters]
         self._addresses = _addresses(parameters)
         self.x, self.y, self.grad_y = (torch.empty_like(x_BTH) for _ in range(3))
         self.grad_x = torch.empty_like(x_BTH) if x_BTH.requires_grad else None
         self.context = Context(context.cos_PTD.clone(), context.sin_PTD.clone(), None)
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        kept: list[Tensor] = []
+        kept: list[tuple[Tensor, Kept | None]] = []
         # Other threads may go on calling CUDA meanwhile.
         how = {"pool": pool, "capture_error_mode": "thread_local"}
         with torch.no_grad(), torch.cuda.graph(self.forward, **how):
             y = self.x
             for step in steps:
-                kept.append(y)
-                y = step.forward(y, self.context)
+                x = y
+                y, activations = step.forward(x, self.context, keep=keep)
+                kept.append((x, activations))
             self.y.copy_(y)
         with torch.no_grad(), torch.cuda.graph(self.backward, **how):
             grad: Tensor | None = self.grad_y
@@ -99,7 +107,7 @@ class _Recorded:
                 assert grad is not None
                 gradients = [parameter.grad for parameter in step.parameters if parameter.grad is not None]
                 wants = i > 0 or self.grad_x is not None
-                grad = step.backward(kept.pop(), grad, self.context, gradients, add=True, wants_grad_x=wants)
+                grad = step.backward(*kept.pop(), grad, self.context, gradients, add=True, wants_grad_x=wants)
             if self.grad_x is not None and grad is not None:
                 self.grad_x.copy_(grad)
 

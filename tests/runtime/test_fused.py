@@ -128,6 +128,11 @@ def norm_case(case: Case, size: int) -> Callable[[int], None]:
     return run
 
 
+def copy_case(case: Case, size: int) -> Callable[[int], None]:
+    source, out = case.rows(ROWS, size), case.rows(ROWS, size)
+    return lambda i: fused.copy_rows(source[i], out[i])
+
+
 def rotary_case(case: Case, size: int) -> Callable[[int], None]:
     positions, heads = 3, 4
     x, out = case.rows(2 * positions, heads * 2 * size), case.rows(2 * positions, heads * 2 * size)
@@ -165,7 +170,7 @@ def cross_entropy_case(case: Case, size: int) -> Callable[[int], None]:
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("make", [norm_case, rotary_case, swiglu_case, cross_entropy_case])
+@pytest.mark.parametrize("make", [copy_case, norm_case, rotary_case, swiglu_case, cross_entropy_case])
 def test_kernels_equal_the_expressions(
     make: Callable[[Case, int], Callable[[int], None]], dtype: torch.dtype
 ) -> None:

@@ -50,14 +50,15 @@ def by_modules(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoder, "can_step", lambda layer: False)
 
 
-def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also on the CPU, where a model takes torch's checkpointing."""
+def by_hand(monkeypatch: pytest.MonkeyPatch, keep: bool = False) -> None:
+    """Also on the CPU, where a model takes torch's checkpointing; keep: without checkpointing."""
 
     def step(layer: nn.Module, x: Tensor, *context: Any, **_: Any) -> Tensor:
         assert isinstance(layer, DecoderLayer)
         assert layer_step.can_step(layer)
         made = layer_step.LayerStep(layer)
-        return layer_step.checkpointed(x, made, layer_step.Context(*context), checkpoints.Checkpoints())
+        kept = None if keep else checkpoints.Checkpoints()
+        return layer_step.stepped(x, made, layer_step.Context(*context), kept)
 
     monkeypatch.setattr(decoder, "checkpoint", step)
 
@@ -96,10 +97,11 @@ def test_step_equals_autograd(packed: Path, rows: int, monkeypatch: pytest.Monke
     for targets in TARGETS:
         model = prepared(packed, "cpu", "float32", targets)
         expected = gradients(model, input_ids=ids(3, 11))
-        with monkeypatch.context() as patch:
-            by_hand(patch)
-            ours = gradients(model, input_ids=ids(3, 11))
-        assert largest_difference(ours, expected) < 2e-5
+        for keep in (False, True):
+            with monkeypatch.context() as patch:
+                by_hand(patch, keep)
+                ours = gradients(model, input_ids=ids(3, 11))
+            assert largest_difference(ours, expected) < 2e-5
 
 
 def test_step_with_padding_and_accumulation(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,6 +178,9 @@ def test_step_equals_autograd_on_a_gpu(
         with monkeypatch.context() as patch:
             by_modules(patch)
             expected = gradients(model, input_ids=ids(3, 50, device="cuda"))
+        model.gradient_checkpointing = False
+        assert largest_difference(gradients(model, input_ids=ids(3, 50, device="cuda")), expected) < tolerance
+        model.gradient_checkpointing = True
         ours = gradients(model, input_ids=ids(3, 50, device="cuda"))
         assert largest_difference(ours, expected) < tolerance
         model.offload_checkpoints = True
@@ -191,8 +196,10 @@ def test_packed_documents_on_a_gpu(packed: Path, dtype: str, tolerance: float) -
 
 
 @pytest.mark.cuda
-def test_replayed_passes_equal_the_layers_one_by_one(packed: Path) -> None:
+@pytest.mark.parametrize("keep", [False, True])
+def test_replayed_passes_equal_the_layers_one_by_one(packed: Path, keep: bool) -> None:
     model = prepared(packed, "cuda", "bfloat16")
+    model.gradient_checkpointing = not keep
     model(ids(1, 8, device="cuda")).sum().backward()  # gradients exist
     if model.config.layer_windows != (None,) * len(model.config.layer_windows):
         return  # masks are not recorded
