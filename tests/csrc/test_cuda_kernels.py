@@ -26,6 +26,7 @@ DTYPES: dict[Dtype, torch.dtype] = {
     "float16": torch.float16,
 }
 CODES = {"float32": 0, "bfloat16": 1, "float16": 2}
+ROWS = (1, 16, 17, 33, 48, 64, 65, 100, 128, 161, 256, 300)  # through Hopper's tensor cores
 GUARD = 8  # elements before and after an output
 # Relative error allowed: the rounding of 16-bit outputs is 1.7e-3 and 2.1e-4; sums are in fp32.
 TOLERANCE = {"float32": 2e-6, "bfloat16": 2.6e-3, "float16": 6e-4}
@@ -221,15 +222,21 @@ def wgmma(
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize(
-    ("n", "k"),
-    [(1, 64), (64, 256), (65, 192), (130, 320), (515, 5120), (1000, 4160), (300, 14336), (9000, 512)],
+    ("n", "k", "rows"),
+    [
+        *((n, k, ROWS) for n, k in ((1, 64), (64, 256), (65, 192), (130, 320), (1000, 4160), (9000, 512))),
+        *((n, k, ROWS) for n, k in ((515, 5120), (300, 14336))),
+        # Larger ones have configurations of their own.
+        (4100, 4160, (17, 40, 64, 96, 128)),
+        (9400, 14336, (100,)),
+    ],
 )
-def test_linear_wgmma_against_float64(n: int, k: int, dtype: Dtype) -> None:
+def test_linear_wgmma_against_float64(n: int, k: int, rows: tuple[int, ...], dtype: Dtype) -> None:
     packed = random_packed(n, k, n + k)
     weight = OnGpu(packed)
     exact = decoded(packed, "float32").double().view(n, k).cuda()
     generator = torch.Generator("cuda").manual_seed(k)
-    for m in (1, 16, 17, 33, 48, 64, 65, 100, 128, 161, 256, 300):
+    for m in rows:
         x = torch.randn(m, k, device="cuda", generator=generator).to(DTYPES[dtype])
         x[m // 2] *= 1e-3
         bias = torch.randn(n, device="cuda", generator=generator).to(DTYPES[dtype]) if m % 2 else None
