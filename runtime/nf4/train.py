@@ -32,8 +32,7 @@ from .step import not_finite, relieved, train_step
 @dataclass(frozen=True)
 class TrainOptions:
     """Everything that decides a run. The same options, data and base give the same adapter, bit for bit,
-    on the same machine with the same number of threads. On a GPU that holds as far as torch's attention adds
-    gradients up in one order, which its fast forms do not promise.
+    on the same machine with the same number of threads (on a GPU: see `nf4.determinism`).
 
     Attributes:
         data: text or JSONL files (see nf4.data).

@@ -195,7 +195,7 @@ def report(results: list[dict[str, Any]], per_token: dict[str, float], arguments
         for arm in arguments.arms:
             result = found.get((arm, cell))
             if result is None:
-                rows.append([f"{arm}, {cell}", None, None, None, None, None, None])
+                rows.append([f"{arm}, {cell}", *[None] * 7])
                 continue
             rate = result["tokens_per_second"]
             rows.append(
@@ -206,6 +206,7 @@ def report(results: list[dict[str, Any]], per_token: dict[str, float], arguments
                     round(rate * per_token[cell] / limit, 3),
                     round(result["peak_bytes"] / 2**30, 2),
                     round(result["peak_bytes"] / baseline["peak_bytes"], 2) if baseline else None,
+                    round(result["reserved_bytes"] / 2**30, 2),
                     curve_gap(result, baseline) if baseline else None,
                 ]
             )
@@ -219,13 +220,15 @@ def report(results: list[dict[str, Any]], per_token: dict[str, float], arguments
             "of the matmul limit",
             "peak GiB",
             f"over {peer}",
+            "reserved GiB",
             "largest loss gap",
         ],
         rows,
         machine("torch", "transformers", "peft", "bitsandbytes", "liger_kernel", gpu=True),
         [
             f"Limit in this run: bf16 product {limit / 1e12:,.0f} TFLOP/s. Median of {arguments.steps} steps"
-            f" after {arguments.warm}; peak of the allocator over those steps, weights included.",
+            f" after {arguments.warm}; peak: most allocated over those steps, weights included;"
+            " reserved: what the allocator took from the GPU, CUDA graphs included.",
             f"Loss gap: largest relative difference from {peer}'s loss of the same step, over all"
             f" {arguments.warm + arguments.steps} steps from the same adapter on the same tokens"
             " (the second cell goes on from where the first ended).",

@@ -83,9 +83,8 @@ _INPUT = click.Path(path_type=Path, exists=True, dir_okay=False)
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
-    default="float32",
     help="Arithmetic and activations; 16 bits take half the memory. float16, with a scaled loss, is for GPUs"
-    " that are slow in bfloat16.",
+    " that are slow in bfloat16.  [default: bfloat16 on a GPU, float32 on a CPU]",
 )
 @click.option("--checkpointing", is_flag=True, help="Compute layers again in backward: less memory, slower.")
 @click.option(
@@ -116,6 +115,7 @@ def command(file: Path, **given: Any) -> None:
     import torch
     from tqdm import tqdm
 
+    from ..device import resolve
     from ..loading import load
     from ..lora import ALL_LINEAR, LoraConfig
     from ..tokenizer import Tokenizer
@@ -129,7 +129,9 @@ def command(file: Path, **given: Any) -> None:
         **{name: value for name, value in given.items() if name in names},
     )
     check_options(options)  # before the seconds of loading and tokenizing
-    model = load(file, device=given["device"], dtype=given["dtype"])
+    device = resolve(given["device"], file)
+    dtype = given["dtype"] or ("float32" if device.type == "cpu" else "bfloat16")
+    model = load(file, device=device, dtype=dtype)
     assert model.source is not None  # load maps a file
     summary = train(
         model,
