@@ -336,7 +336,7 @@ def main() -> None:
             ["run", "most allocated MiB", "limit MiB", "result"],
             measure_limit(),
             facts,
-            ["Results are SHA-256 sums over the adapter's files. nf4 train asks torch for deterministic algorithms."],
+            ["Results: SHA-256 over the adapter's files. nf4 train asks torch for deterministic algorithms."],
         )
         finish("gpu_memory_limit", report)
 
