@@ -267,9 +267,9 @@ def test_linear_wgmma_beside_the_kernel_for_any_shape(scale: float) -> None:
     x[1] *= 2.0**-60
     x[2, 5], x[3, 7], x[4] = float("inf"), float("nan"), 0
     y = wgmma(x, OnGpu(packed), n).double()
-    plain = Guarded(m * n, torch.float32)
+    plain, shifted, wide = Guarded(m * n, torch.float32), OnGpu(packed, shift=1), x.float()
     arguments = (n, k, 0, plain.address, True, stream())
-    _cuda.linear(x.float().data_ptr(), 0, m, *OnGpu(packed, shift=1).arguments, *arguments)
+    _cuda.linear(wide.data_ptr(), 0, m, *shifted.arguments, *arguments)
     expected = plain.check().view(m, n).double()
     for token in (0, 1, *range(5, m)):
         if not expected[token].isfinite().all() or expected[token].abs().max() < 1e-35:
