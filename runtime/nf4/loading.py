@@ -8,8 +8,10 @@ past the mapping, and put there (`upload`), while the layers are built.
 
 from __future__ import annotations
 
+import gc
 import os
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -70,7 +72,7 @@ def load(
             says; an adapter that does not fit.
     """
     target = resolve(device, path)
-    with ExitStack() as reading:
+    with _without_collections(), ExitStack() as reading:
         slab: Slab | None = None
         if target.type == "cuda":
             from .upload import Slab
@@ -92,6 +94,19 @@ def load(
             file.close()
             raise
     return model.eval()
+
+
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """A model is thousands of objects and no garbage: a collection on the way would walk through all that the
+    process has imported, several times as long as loading takes."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _build(file: Nf4File, dtype: str | torch.dtype | None, slab: Slab | None) -> CausalLM:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import warnings
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 import nf4
+from nf4 import loading
 from nf4.config import ModelConfig
 from nf4.decoder import CausalLM
 from nf4.errors import LoadError
@@ -154,3 +156,20 @@ def test_damage_is_refused(make_packed, tmp_path):
     with pytest.raises(LoadError, match=r"flipped\.nf4: data is damaged .*q_proj.*; fetch the file again"):
         nf4.load(flipped, verify=True)
     nf4.load(path, verify=True)
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_no_garbage_collection_on_the_way(make_packed, monkeypatch, collects):
+    path = make_packed("llama")
+    build, seen = loading._build, []
+    monkeypatch.setattr(loading, "_build", lambda *given: seen.append(gc.isenabled()) or build(*given))
+    try:
+        (gc.enable if collects else gc.disable)()
+        nf4.load(path)
+        assert gc.isenabled() == collects
+        with pytest.raises(Nf4Error):
+            nf4.load(path.with_name("missing.nf4"))
+        assert gc.isenabled() == collects
+    finally:
+        gc.enable()
+    assert seen == [False]
