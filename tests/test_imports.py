@@ -48,7 +48,7 @@ def test_imports_cross_borders_one_way(package: str) -> None:
 
 
 def test_the_check_sees_a_forbidden_import() -> None:
-    source = "import os\nif True:\n    from nf4.decoder import CausalLM\n"
+    source = "import os\nif True:\n    from nf4.model.decoder import CausalLM\n"
     assert ("nf4" in {name for _, name in imported_packages(source)}) is True
 
 

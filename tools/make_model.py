@@ -18,9 +18,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch.nn import functional
 from tqdm import tqdm
 
-from nf4.config import ModelConfig
-from nf4.decoder import CausalLM
-from nf4.ops_cpu import matmul_dtype
+from nf4.model.config import ModelConfig
+from nf4.model.decoder import CausalLM
+from nf4.ops.cpu import matmul_dtype
 
 SEPARATOR = "\n<|doc|>\n"
 VOCAB_SIZE = 2048

@@ -1,6 +1,6 @@
 // The Python module nf4._cuda: raw device addresses and a stream in, no torch. Its callers hold tensors to
-// sizes, types and devices (nf4/operands.py); what can be checked from numbers alone is checked here. Work is
-// only started; the interpreter lock is kept, as no call waits.
+// sizes, types and devices (nf4/ops/operands.py); what can be checked from numbers alone is checked here.
+// Work is only started; the interpreter lock is kept, as no call waits.
 #include "bindings.h"
 
 #include <cuda_runtime_api.h>

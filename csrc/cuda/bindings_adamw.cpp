@@ -44,7 +44,7 @@ void gradient_norm(uintptr_t chunks, int64_t num_chunks, uintptr_t sums_of_squar
 }  // namespace
 
 static_assert(sizeof(Nf4AdamwChunk) == 32 && sizeof(Nf4GradientChunk) == 16,
-              "as nf4/fused_adamw.py packs them");
+              "as nf4/paging/fused_adamw.py packs them");
 
 void bind_adamw(py::module_& m) {
   using namespace py::literals;

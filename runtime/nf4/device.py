@@ -67,7 +67,7 @@ def _driver_problem(index: int | None) -> tuple[str, str] | None:
 
 def _kernels_problem(index: int | None) -> tuple[str, str] | None:
     try:
-        from . import ops_cuda
+        from .ops import cuda as ops_cuda
 
         native = ops_cuda.kernels()
     except ImportError:

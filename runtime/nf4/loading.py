@@ -20,11 +20,11 @@ from torch.overrides import TorchFunctionMode
 
 from nf4format.container import Nf4File
 
-from .config import ModelConfig
-from .decoder import CausalLM, RMSNorm
 from .device import resolve
 from .errors import LoadError
-from .linear import PACKED_PARTS, KeptEmbedding, KeptLinear, NF4Embedding, NF4Linear
+from .model.config import ModelConfig
+from .model.decoder import CausalLM, RMSNorm
+from .model.linear import PACKED_PARTS, KeptEmbedding, KeptLinear, NF4Embedding, NF4Linear
 from .weights import Weights
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ from nf4format.header import TensorEntry
 from nf4format.region import DataRegion, glance
 from nf4format.sums import CHUNK_BYTES
 
-from . import ops_cuda
 from .errors import LoadError
+from .ops import cuda as ops_cuda
 from .weights import TORCH_DTYPES
 
 # Measured on an H200 with 16 cores: enough to keep the link busy, and some cores left for the rest.

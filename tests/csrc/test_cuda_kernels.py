@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from nf4.fused_adamw import ChunkTables, Piece, Setting
+from nf4.paging.fused_adamw import ChunkTables, Piece, Setting
 from nf4format import blocks
 from nf4format.blocks import Dtype, PackedTensor
 from nf4format.codebook import NESTED_MAP, NF4_LEVELS

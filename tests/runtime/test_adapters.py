@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 
 import nf4
 from nf4.adapters import load_adapter, save_adapter
-from nf4.config import ModelConfig
-from nf4.decoder import CausalLM
 from nf4.errors import LoadError, TrainError
-from nf4.linear import NF4Linear
 from nf4.lora import LoraConfig, add_lora, lora_layers
+from nf4.model.config import ModelConfig
+from nf4.model.decoder import CausalLM
+from nf4.model.linear import NF4Linear
 from nf4format.adapter import read_adapter
 from nf4format.container import Nf4File
 from nf4format.errors import FormatError

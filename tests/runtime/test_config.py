@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from nf4.config import ModelConfig, RopeScaling
 from nf4.errors import LoadError
+from nf4.model.config import ModelConfig, RopeScaling
 
 LLAMA3 = {
     "rope_type": "llama3",

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from nf4 import cuda_pager
-from nf4.cuda_pager import SLAB_PAGES, CudaPager
 from nf4.errors import TrainError
+from nf4.paging import cuda_pager
+from nf4.paging.cuda_pager import SLAB_PAGES, CudaPager
 
 PAGE = 16
 CPU = torch.device("cpu")

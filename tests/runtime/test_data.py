@@ -11,8 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from nf4.data import IGNORED, Dataset, Example, example_order, load_dataset, make_batch, split_dataset
 from nf4.errors import TrainError
+from nf4.training.data import (
+    IGNORED,
+    Dataset,
+    Example,
+    example_order,
+    load_dataset,
+    make_batch,
+    split_dataset,
+)
 
 BOS, EOS = 1, 2
 

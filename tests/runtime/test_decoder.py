@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nf4.cache import KVCache
-from nf4.config import ModelConfig
-from nf4.decoder import CausalLM, attention_bias
+from nf4.model.cache import KVCache
+from nf4.model.config import ModelConfig
+from nf4.model.decoder import CausalLM, attention_bias
 
 CASES = {
     "llama": ("llama", {}),

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import nf4
-from nf4.determinism import CUBLAS_WORKSPACE, deterministic
 from nf4.lora import LoraConfig
-from nf4.tokenizer import Tokenizer
-from nf4.train import TrainOptions, train
+from nf4.text.tokenizer import Tokenizer
+from nf4.training.determinism import CUBLAS_WORKSPACE, deterministic
+from nf4.training.train import TrainOptions, train
 
 
 def test_the_environment_is_prepared_on_import() -> None:

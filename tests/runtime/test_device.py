@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from nf4 import ops_cuda
 from nf4.device import resolve, runs_on
 from nf4.errors import LoadError
+from nf4.ops import cuda as ops_cuda
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from nf4 import fused_adamw
-from nf4.cuda_pager import SLAB_PAGES, CudaPager
 from nf4.errors import TrainError
-from nf4.fused_adamw import ChunkTables, Piece, Setting
-from nf4.optim import PagedAdamW, _cut
+from nf4.paging import fused_adamw
+from nf4.paging.cuda_pager import SLAB_PAGES, CudaPager
+from nf4.paging.fused_adamw import ChunkTables, Piece, Setting
+from nf4.paging.optim import PagedAdamW, _cut
 
 SHAPES = [(1,), (7, 3), (33,), (129, 65), (2, 2, 2), (100, 401), (16, 4096)]
 SETTINGS: dict[str, Any] = {"lr": 3e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import nf4
-from nf4.config import ModelConfig
-from nf4.decoder import CausalLM
 from nf4.errors import LoadError
-from nf4.generate import generate, stream_text
-from nf4.sampling import Sampler, Sampling
-from nf4.tokenizer import Tokenizer
+from nf4.model.config import ModelConfig
+from nf4.model.decoder import CausalLM
+from nf4.text.generate import generate, stream_text
+from nf4.text.sampling import Sampler, Sampling
+from nf4.text.tokenizer import Tokenizer
 
 PROMPTS = [[5, 9, 60], [11] * 9 + [40, 41], [200]]
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import nf4
-from nf4 import checkpoints, decoder, layer_step
-from nf4.attention import Segments
-from nf4.decoder import CausalLM, DecoderLayer
 from nf4.lora import LoraConfig, add_lora
+from nf4.model import checkpoints, decoder, layer_step
+from nf4.model.attention import Segments
+from nf4.model.decoder import CausalLM, DecoderLayer
 
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "llama": ("llama", {}, {}),

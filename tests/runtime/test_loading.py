@@ -13,10 +13,10 @@ import torch
 
 import nf4
 from nf4 import loading
-from nf4.config import ModelConfig
-from nf4.decoder import CausalLM
 from nf4.errors import LoadError
-from nf4.linear import KeptEmbedding, KeptLinear, NF4Embedding, NF4Linear
+from nf4.model.config import ModelConfig
+from nf4.model.decoder import CausalLM
+from nf4.model.linear import KeptEmbedding, KeptLinear, NF4Embedding, NF4Linear
 from nf4format import reference
 from nf4format.container import Nf4File
 from nf4format.errors import FormatError, Nf4Error

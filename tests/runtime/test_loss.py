@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nf4 import loss
+from nf4.training import loss
 
 BATCH, LENGTH, HIDDEN, VOCAB = 3, 11, 8, 50
 

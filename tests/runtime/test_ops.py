@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from nf4 import ops_cpu
-from nf4.linear import KeptEmbedding, KeptLinear, NF4Embedding, NF4Linear
+from nf4.model.linear import KeptEmbedding, KeptLinear, NF4Embedding, NF4Linear
+from nf4.ops import cpu as ops_cpu
 from nf4format import reference
 from nf4format.blocks import PackedTensor, quantize
 
@@ -123,7 +123,7 @@ def test_packed_weights_survive_a_change_of_dtype():
 @pytest.mark.parametrize("stored", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [1, 20])
 def test_kept_linear(monkeypatch, stored, dtype, rows):
-    monkeypatch.setattr("nf4.linear.CONVERTED_ELEMENTS", 370)
+    monkeypatch.setattr("nf4.model.linear.CONVERTED_ELEMENTS", 370)
     generator = torch.Generator().manual_seed(3)
     weight = torch.randn(50, 37, generator=generator).to(stored)
     x = torch.randn(2, rows, 37, generator=generator).to(dtype).requires_grad_()

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from nf4 import product_way
-from nf4.linear import KeptLinear, NF4Embedding, NF4Linear, project
+from nf4.model.linear import KeptLinear, NF4Embedding, NF4Linear, project
+from nf4.ops import product_way
 from nf4format import reference
 from nf4format.blocks import PackedTensor, quantize
 

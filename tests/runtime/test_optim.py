@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nf4.errors import TrainError
-from nf4.optim import PagedAdamW
+from nf4.paging.optim import PagedAdamW
 
 SHAPES = [
     (1,),

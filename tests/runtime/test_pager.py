@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nf4.errors import TrainError
-from nf4.pager import FileStore, Pager
+from nf4.paging.pager import FileStore, Pager
 
 PAGE = 64
 

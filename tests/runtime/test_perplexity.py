@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 
 import nf4
-from nf4.config import ModelConfig
-from nf4.decoder import CausalLM
 from nf4.errors import LoadError
-from nf4.perplexity import Perplexity, encode_documents, perplexity
-from nf4.tokenizer import Tokenizer
+from nf4.model.config import ModelConfig
+from nf4.model.decoder import CausalLM
+from nf4.text.perplexity import Perplexity, encode_documents, perplexity
+from nf4.text.tokenizer import Tokenizer
 from qcompile.options import CompileOptions
 from qcompile.pipeline import compile_checkpoint
 
@@ -40,8 +40,8 @@ def expected(model, windows):
 
 
 def test_windows_with_and_without_bos(monkeypatch, model, ids):
-    monkeypatch.setattr("nf4.perplexity.BATCH_TOKENS", 40)
-    monkeypatch.setattr("nf4.loss.LOGIT_BYTES", 320 * 4 * 7)
+    monkeypatch.setattr("nf4.text.perplexity.BATCH_TOKENS", 40)
+    monkeypatch.setattr("nf4.training.loss.LOGIT_BYTES", 320 * 4 * 7)
     with_bos = [[1, *ids[at : at + 19]] for at in range(0, 95, 19)]
     without = [ids[at : at + 20] for at in range(0, 100, 20)]
     for bos_id, windows in ((1, with_bos), (None, without)):

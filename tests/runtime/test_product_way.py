@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from nf4.product_way import FEW_ROWS, WORKSPACE_BYTES, Way, panel_height, way
+from nf4.ops.product_way import FEW_ROWS, WORKSPACE_BYTES, Way, panel_height, way
 
 BFLOAT16 = torch.bfloat16
 

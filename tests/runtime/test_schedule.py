@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nf4.errors import TrainError
-from nf4.schedule import SCHEDULES, rate_factor
+from nf4.training.schedule import SCHEDULES, rate_factor
 
 
 def test_warmup_rises_to_the_peak_and_moves_at_once() -> None:

@@ -15,16 +15,16 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nf4.config import ModelConfig
-from nf4.cuda_pager import SLAB_PAGES
-from nf4.data import Batch, Example, make_batch
-from nf4.decoder import CausalLM
 from nf4.errors import TrainError
 from nf4.lora import LoraConfig, add_lora, lora_layers
-from nf4.loss_scale import GOOD_STEPS, LossScale
-from nf4.optim import PagedAdamW
-from nf4.step import train_step
-from nf4.train import TrainOptions, train
+from nf4.model.config import ModelConfig
+from nf4.model.decoder import CausalLM
+from nf4.paging.cuda_pager import SLAB_PAGES
+from nf4.paging.optim import PagedAdamW
+from nf4.training.data import Batch, Example, make_batch
+from nf4.training.loss_scale import GOOD_STEPS, LossScale
+from nf4.training.step import train_step
+from nf4.training.train import TrainOptions, train
 
 
 @pytest.fixture(autouse=True, scope="module")

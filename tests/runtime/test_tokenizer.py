@@ -7,7 +7,7 @@ import json
 import pytest
 
 from nf4.errors import LoadError
-from nf4.tokenizer import Tokenizer
+from nf4.text.tokenizer import Tokenizer
 from nf4format.container import Nf4File
 
 TEXTS = [

@@ -13,18 +13,18 @@ from typing import Any, cast
 import pytest
 import torch
 
-from nf4 import train as train_module
 from nf4.adapters import load_adapter
-from nf4.config import ModelConfig
-from nf4.data import load_dataset, make_batch
-from nf4.decoder import CausalLM
 from nf4.errors import TrainError
 from nf4.lora import LoraConfig, add_lora, lora_layers
-from nf4.optim import PagedAdamW
-from nf4.perplexity import encode_documents, perplexity
-from nf4.runlog import RunLog, StopRequest
-from nf4.tokenizer import Tokenizer
-from nf4.train import StepPlan, TrainOptions, evaluate, train, train_step
+from nf4.model.config import ModelConfig
+from nf4.model.decoder import CausalLM
+from nf4.paging.optim import PagedAdamW
+from nf4.text.perplexity import encode_documents, perplexity
+from nf4.text.tokenizer import Tokenizer
+from nf4.training import train as train_module
+from nf4.training.data import load_dataset, make_batch
+from nf4.training.runlog import RunLog, StopRequest
+from nf4.training.train import StepPlan, TrainOptions, evaluate, train, train_step
 
 
 class ByteTokenizer:

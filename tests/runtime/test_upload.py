@@ -13,15 +13,16 @@ import pytest
 import torch
 
 import nf4
-from nf4 import ops_cuda, upload
+from nf4 import upload
 from nf4.errors import LoadError
-from nf4.generate import generate
-from nf4.linear import PACKED_PARTS, NF4Embedding, NF4Linear
 from nf4.lora import LoraConfig
-from nf4.perplexity import encode_documents, perplexity
-from nf4.sampling import Sampling
-from nf4.tokenizer import Tokenizer
-from nf4.train import TrainOptions, train
+from nf4.model.linear import PACKED_PARTS, NF4Embedding, NF4Linear
+from nf4.ops import cuda as ops_cuda
+from nf4.text.generate import generate
+from nf4.text.perplexity import encode_documents, perplexity
+from nf4.text.sampling import Sampling
+from nf4.text.tokenizer import Tokenizer
+from nf4.training.train import TrainOptions, train
 from nf4.upload import Slab
 from nf4format.container import Nf4File
 from nf4format.errors import FormatError

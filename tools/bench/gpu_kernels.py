@@ -22,7 +22,9 @@ from typing import Any
 import torch
 from report import Report, machine
 
-from nf4 import _cuda, ops_cuda, product_way
+from nf4 import _cuda
+from nf4.ops import cuda as ops_cuda
+from nf4.ops import product_way
 from nf4format.codebook import NESTED_MAP, NF4_LEVELS
 
 SHAPES = ((4096, 4096), (14336, 4096), (8192, 8192), (28672, 8192))

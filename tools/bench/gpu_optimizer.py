@@ -34,13 +34,13 @@ from unittest import mock
 import torch
 from report import Report, machine
 
-from nf4.config import ModelConfig
-from nf4.cuda_pager import PinnedArena
-from nf4.decoder import CausalLM
 from nf4.errors import TrainError
 from nf4.lora import LoraConfig
-from nf4.optim import PagedAdamW
-from nf4.train import TrainOptions, train
+from nf4.model.config import ModelConfig
+from nf4.model.decoder import CausalLM
+from nf4.paging.cuda_pager import PinnedArena
+from nf4.paging.optim import PagedAdamW
+from nf4.training.train import TrainOptions, train
 
 LAYERS, HIDDEN, KEY, INTERMEDIATE = 32, 4096, 1024, 14336
 LINEARS = [

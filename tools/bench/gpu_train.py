@@ -53,7 +53,7 @@ def make_batches(folder: Path, text: Path | None, batch: int, length: int, steps
         generator = torch.Generator().manual_seed(1)
         shape = (RANDOM_BATCHES, batch, length)
         return list(torch.randint(0, vocabulary, shape, generator=generator))
-    from nf4.tokenizer import Tokenizer
+    from nf4.text.tokenizer import Tokenizer
     from nf4format.container import Nf4File
 
     with Nf4File.open(folder / "model.nf4") as file:

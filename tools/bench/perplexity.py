@@ -15,8 +15,8 @@ import torch
 from report import Report, machine
 
 import nf4
-from nf4.perplexity import encode_documents, perplexity
-from nf4.tokenizer import Tokenizer
+from nf4.text.perplexity import encode_documents, perplexity
+from nf4.text.tokenizer import Tokenizer
 from qcompile.options import CompileOptions
 from qcompile.pipeline import compile_checkpoint
 

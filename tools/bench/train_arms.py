@@ -36,12 +36,12 @@ def make_adapter(packed: Path, out: Path) -> None:
 
 
 def ours(packed: Path, adapter: Path, rate: float = RATE, **switches: Any) -> Step:
-    """`nf4.train.train_step` on the packed file; `switches` are set on the model."""
+    """`nf4.training.train.train_step` on the packed file; `switches` are set on the model."""
     import nf4
-    from nf4.data import IGNORED, Batch
-    from nf4.determinism import deterministic
-    from nf4.optim import PagedAdamW
-    from nf4.train import train_step
+    from nf4.paging.optim import PagedAdamW
+    from nf4.training.data import IGNORED, Batch
+    from nf4.training.determinism import deterministic
+    from nf4.training.train import train_step
 
     model = nf4.load(packed, device="cuda", dtype="bfloat16", adapter=adapter)
     for parameter in model.parameters():

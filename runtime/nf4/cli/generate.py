@@ -54,10 +54,10 @@ def command(
     """
     import torch
 
-    from ..generate import stream_text
     from ..loading import load
-    from ..sampling import Sampling
-    from ..tokenizer import Tokenizer
+    from ..text.generate import stream_text
+    from ..text.sampling import Sampling
+    from ..text.tokenizer import Tokenizer
 
     if threads:
         torch.set_num_threads(threads)

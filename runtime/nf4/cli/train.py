@@ -1,4 +1,4 @@
-"""`nf4 train`: options and closing summary; the run itself is nf4.train."""
+"""`nf4 train`: options and closing summary; the run itself is nf4.training.train."""
 
 from __future__ import annotations
 
@@ -118,8 +118,8 @@ def command(file: Path, **given: Any) -> None:
     from ..device import resolve
     from ..loading import load
     from ..lora import ALL_LINEAR, LoraConfig
-    from ..tokenizer import Tokenizer
-    from ..train import TrainOptions, check_options, perplexity_of, train
+    from ..text.tokenizer import Tokenizer
+    from ..training.train import TrainOptions, check_options, perplexity_of, train
 
     if given["threads"]:
         torch.set_num_threads(given["threads"])

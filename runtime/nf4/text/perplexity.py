@@ -15,10 +15,10 @@ from dataclasses import dataclass
 
 import torch
 
-from .data import DOCUMENT_SEPARATOR
-from .decoder import CausalLM
-from .errors import LoadError
-from .loss import loss_sum
+from ..errors import LoadError
+from ..model.decoder import CausalLM
+from ..training.data import DOCUMENT_SEPARATOR
+from ..training.loss import loss_sum
 from .tokenizer import Tokenizer
 
 BATCH_TOKENS = 4096  # tokens in flight: enough rows for matrix products, little memory

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from . import fused
+from ..ops import fused
 from .attention import Seen, attend, rotate
 from .checkpoints import Checkpoints
 from .shared_input import SharedInput, can_share

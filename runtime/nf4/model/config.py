@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import LoadError
+from ..errors import LoadError
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 

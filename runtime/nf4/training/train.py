@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from .adapters import save_adapter
+from ..adapters import save_adapter
+from ..errors import TrainError
+from ..lora import LoraConfig, add_lora
+from ..model.decoder import CausalLM
+from ..paging.optim import DEFAULT_PAGE_BYTES, PagedAdamW
 from .data import Batch, Dataset, TextEncoder, example_order, load_dataset, make_batch, split_dataset
-from .decoder import CausalLM
 from .determinism import deterministic
-from .errors import TrainError
-from .lora import LoraConfig, add_lora
 from .loss import labelled_positions, loss_sum
 from .loss_scale import LossScale
-from .optim import DEFAULT_PAGE_BYTES, PagedAdamW
 from .progress import StepNumbers, StepReports, TrainSummary
 from .runlog import RunLog, StopRequest
 from .schedule import SCHEDULES, rate_factor
@@ -32,10 +32,10 @@ from .step import not_finite, relieved, train_step
 @dataclass(frozen=True)
 class TrainOptions:
     """Everything that decides a run. The same options, data and base give the same adapter, bit for bit,
-    on the same machine with the same number of threads (on a GPU: see `nf4.determinism`).
+    on the same machine with the same number of threads (on a GPU: see `nf4.training.determinism`).
 
     Attributes:
-        data: text or JSONL files (see nf4.data).
+        data: text or JSONL files (see nf4.training.data).
         out: directory of the adapter; written at the end, and every `save_every` steps.
         steps, epochs: length of the run; `steps` counts optimizer steps and wins where both are given.
         batch, accumulate: sequences of a micro-batch, and micro-batches of a step.
@@ -231,7 +231,7 @@ def load_data(
     """Training data, and evaluation data if the options name any; says what was cut.
 
     Raises:
-        TrainError: see nf4.data; both kinds of evaluation data asked for.
+        TrainError: see nf4.training.data; both kinds of evaluation data asked for.
     """
     training = load_dataset(options.data, tokenizer, options.seq_len)
     evaluation = None

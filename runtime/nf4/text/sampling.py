@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .errors import LoadError
+from ..errors import LoadError
 
 
 @dataclass(frozen=True)

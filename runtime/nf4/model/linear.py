@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nf4format.blocks import PackedTensor
 
-from . import ops
+from .. import ops
 
 # Elements of a kept weight converted at a time when activations have another dtype.
 CONVERTED_ELEMENTS = 1 << 20

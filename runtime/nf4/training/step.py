@@ -17,11 +17,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from ..errors import TrainError
+from ..model.decoder import CausalLM
+from ..paging.optim import PagedAdamW
 from .data import Batch
-from .decoder import CausalLM
-from .errors import TrainError
 from .loss import backward_loss, labelled_positions
-from .optim import PagedAdamW
 
 T = TypeVar("T")
 

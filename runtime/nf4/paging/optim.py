@@ -8,7 +8,7 @@ the moments of elements k*E .. (k+1)*E of that line, E = page_bytes / 8::
 so a page belongs to many small parameters or a part of a large one. A step sweeps the pages, one
 in use and the next one arriving. On a CPU it applies torch's own tensor operations, in the order in
 which torch.optim.AdamW applies them, to each piece of a parameter in the page; on a GPU one kernel
-does that for all the pages that are there (`nf4.fused_adamw`). Everything is elementwise, so page
+does that for all the pages that are there (`nf4.paging.fused_adamw`). Everything is elementwise, so page
 size and budget do not change the result. Every other step sweeps backwards: what the last sweep left
 in the pool is used first, where a one-way sweep would find nothing of use there.
 """
@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .errors import TrainError
+from ..errors import TrainError
+from ..training.loss_scale import LossScale
 from .fused_adamw import ChunkTables, Piece, Setting
-from .loss_scale import LossScale
 from .pager import Pager
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class PagedAdamW(Optimizer):
     the kernel rounds a little otherwise. All parameters are given at construction. Call `close`, or
     drop the optimizer, to give its memory and its page file back.
 
-    A GPU keeps state within the budget and sends the rest to pinned host memory (`nf4.cuda_pager`);
+    A GPU keeps state within the budget and sends the rest to pinned host memory (`nf4.paging.cuda_pager`);
     a CPU sends it to a file. On a GPU a step starts work and waits for nothing. It is fastest where
     gradients stay where they are: `zero_grad(set_to_none=False)`.
 
@@ -55,7 +55,7 @@ class PagedAdamW(Optimizer):
         page_bytes: bytes in a page, a multiple of 8.
         budget_bytes: the most state kept in memory, or on the GPU; None keeps all of it there.
         backing: path of the page file; None takes a temporary one. Not for parameters on a GPU.
-        loss_scale: travels with the state; `nf4.step.train_step` uses it, `step` does not.
+        loss_scale: travels with the state; `nf4.training.step.train_step` uses it, `step` does not.
 
     Raises:
         TrainError: nothing to train, a parameter or setting that cannot be used, or no room for the

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import TrainError
-from .operands import DTYPE_CODES
-from .ops_cuda import kernels
+from ..errors import TrainError
+from ..ops.cuda import kernels
+from ..ops.operands import DTYPE_CODES
 
 CHUNK_ELEMENTS = 4096  # of a block of 256 threads
 

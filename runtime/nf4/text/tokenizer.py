@@ -10,7 +10,7 @@ from tokenizers import Tokenizer as Backend
 
 from nf4format.container import Nf4File
 
-from .errors import LoadError
+from ..errors import LoadError
 
 _REPLACEMENT = "\ufffd"  # what decoders print for bytes that are not (yet) valid UTF-8
 

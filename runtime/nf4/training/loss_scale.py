@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .errors import TrainError
+from ..errors import TrainError
 
 GOOD_STEPS = 2000  # until the scale is doubled
 LARGEST = 2.0**24

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from .errors import TrainError
+from ..errors import TrainError
 
 SCHEDULES = ("cosine", "linear", "constant")
 

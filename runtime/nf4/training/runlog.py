@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-from .errors import TrainError
+from ..errors import TrainError
 
 
 class RunLog:

@@ -7,9 +7,9 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .cache import KVCache
-from .decoder import CausalLM
-from .errors import LoadError
+from ..errors import LoadError
+from ..model.cache import KVCache
+from ..model.decoder import CausalLM
 from .sampling import Sampler, Sampling
 from .tokenizer import Tokenizer
 

@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..lora import LoRALinear
+from ..ops.cuda import RowDecoder, kernels, stream_of
+from ..ops.operands import DTYPE_CODES
 from .linear import KeptLinear, NF4Linear
-from .lora import LoRALinear
-from .operands import DTYPE_CODES
-from .ops_cuda import RowDecoder, kernels, stream_of
 
 # Ranks together, filled up: with rows and inner sizes at multiples of 128 bytes large products take 2 % less
 # on an H200 than with as many columns as there are ranks.

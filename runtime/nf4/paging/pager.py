@@ -13,7 +13,7 @@ that is not pinned leaves its slot: written to the store if it changed, then the
 read after it was written. With no budget every page has a slot, and there is no store and no thread.
 
 What lies behind the pool is any `PageStore`; here that is a file. State on a GPU has a pager of its own,
-`nf4.cuda_pager`, because there streams and events do what the worker thread does here.
+`nf4.paging.cuda_pager`, because there streams and events do what the worker thread does here.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .errors import TrainError
+from ..errors import TrainError
 
 
 class PageStore(Protocol):

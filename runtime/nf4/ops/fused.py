@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .cuda import kernels, stream_of
 from .operands import DTYPE_CODES
-from .ops_cuda import kernels, stream_of
 
 
 def copy_rows(source_MH: Tensor, out: Tensor) -> None:

@@ -31,7 +31,7 @@ MOST_WEIGHTS = 4  # of one launch, as in csrc/cuda/launchers.h
 @cache
 def kernels() -> ModuleType:
     """nf4._cuda. ImportError where it was not built."""
-    from . import _cuda  # type: ignore[attr-defined,unused-ignore]
+    from .. import _cuda  # type: ignore[attr-defined,unused-ignore]
 
     return _cuda
 

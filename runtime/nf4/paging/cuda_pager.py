@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, cuda
 
-from .errors import TrainError
+from ..errors import TrainError
 from .pager import PagerStats, slots_within
 
 SLAB_PAGES = 8  # what stays under pressure: with four the link idles now and then, with eight hardly

@@ -10,7 +10,7 @@
 W [N, K], as `nf4format.blocks` describes them. All have fake implementations (torch.compile, meta
 tensors); nf4::linear has a gradient for x, which decodes again, and none for the weight.
 
-What runs on which device: `ops_cpu`, `ops_cuda`. All tensors of a call lie on one device, and the result too.
+What runs on which device: `cpu`, `cuda`. All tensors of a call lie on one device, and the result too.
 On CUDA the levels are NF4's own whatever quant_map holds (a .nf4 file can hold no others), ids are not
 checked on the host (a bad one gives a row of NaN), and work is started in the current stream without waiting.
 """
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops_cpu, ops_cuda
+from . import cpu, cuda
 
 _PACKED = (
     "Tensor codes, Tensor absmax, Tensor quant_map, "
@@ -77,7 +77,7 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 def matmul_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """In which dtype a device multiplies matrices of `dtype` fast: their own, or float32."""
-    return ops_cpu.matmul_dtype(dtype) if device.type == "cpu" else dtype
+    return cpu.matmul_dtype(dtype) if device.type == "cpu" else dtype
 
 
 for _name, _fake in (
@@ -87,8 +87,8 @@ for _name, _fake in (
     ("linear_group", _fake_linear_group),
     ("linear_input_grad", _fake_linear),
 ):
-    _library.impl(_name, getattr(ops_cpu, _name), "CPU")
-    _library.impl(_name, getattr(ops_cuda, _name), "CUDA")
+    _library.impl(_name, getattr(cpu, _name), "CPU")
+    _library.impl(_name, getattr(cuda, _name), "CUDA")
     torch.library.register_fake(f"nf4::{_name}", _fake, lib=_library)
 torch.library.register_autograd(
     "nf4::linear", _linear_backward, setup_context=_save_for_backward, lib=_library

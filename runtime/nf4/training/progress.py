@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .optim import PagedAdamW
+from ..paging.optim import PagedAdamW
 from .runlog import RunLog, memory_bytes
 from .step import not_finite
 

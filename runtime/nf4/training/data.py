@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import TrainError
+from ..errors import TrainError
 
 DOCUMENT_SEPARATOR = "\n<|doc|>\n"
 IGNORED = -100  # label of a position without loss, torch's and transformers' convention
@@ -35,7 +35,7 @@ _SPLIT_STREAM, _ORDER_STREAM = 1, 2  # keep the random streams of one seed apart
 
 
 class TextEncoder(Protocol):
-    """What data needs of `nf4.tokenizer.Tokenizer`."""
+    """What data needs of `nf4.text.tokenizer.Tokenizer`."""
 
     @property
     def bos_id(self) -> int | None: ...

@@ -1,0 +1,1 @@
+"""Optimizer state in pages, and AdamW over them."""

@@ -1,0 +1,1 @@
+"""Fine-tuning: the run, a step, its data, its log."""
