@@ -1,6 +1,6 @@
 // The Python module nf4format._native: raw addresses in, no arrays and no torch. Its callers hold arrays to
-// sizes and types (nf4format/blocks.py, nf4/ops/cpu.py); what can be checked from numbers alone is checked here.
-// The interpreter lock is released while kernels run.
+// sizes and types (nf4format/blocks.py, nf4/ops/cpu.py); what can be checked from numbers alone is checked
+// here. The interpreter lock is released while kernels run.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
