@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -231,3 +232,20 @@ def test_replayed_passes_equal_the_layers_one_by_one(packed: Path, keep: bool) -
     assert largest_difference(both, alone) < 2e-2
     model.capture_graphs = True
     assert largest_difference(gradients(model, input_ids=batches[0]), expected[0]) < 2e-2
+
+
+def test_what_holds_addresses_goes_when_layers_move_or_change(make_packed: Callable[..., Path]) -> None:
+    """Steps and graphs know weights by address."""
+    inner = prepared(make_packed("llama"), "cpu", "float32").model
+    layer, graphs = inner.layers[0], inner._graphs
+    step = inner._step(0, layer)
+    assert inner._step(0, layer) is step
+    assert inner._graphs is graphs
+    inner.to("cpu")
+    assert inner._step(0, layer) is not step
+    assert inner._graphs is not graphs
+    step, graphs = inner._step(0, layer), inner._graphs
+    assert isinstance(layer, DecoderLayer)
+    layer.self_attn.q_proj = copy.deepcopy(layer.self_attn.q_proj)
+    assert inner._step(0, layer) is not step
+    assert inner._graphs is not graphs

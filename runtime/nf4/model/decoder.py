@@ -158,6 +158,11 @@ class Decoder(nn.Module):
         self._steps: dict[int, LayerStep] = {}
         self._graphs = LayerGraphs()
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        self._steps.clear()  # these hold addresses of what is about to move
+        self.drop_graphs()
+        return super()._apply(fn, recurse)
+
     def forward(
         self,
         input_ids: Tensor,
@@ -233,6 +238,8 @@ class Decoder(nn.Module):
             return None
         known = self._steps.get(index)
         if known is None or not known.is_of(layer):
+            if known is not None:
+                self.drop_graphs()  # recorded over the layers that there were
             known = self._steps[index] = LayerStep(layer)
         return known
 
