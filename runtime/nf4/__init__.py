@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 
 __all__ = ["load", "load_adapter", "save_adapter"]
 
-# For the determinism module, and before anything multiplies on a GPU: torch looks once, at its first product.
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# torch takes matrix products on a GPU for deterministic only where this stood in the environment before the
+# first one (nf4.training.determinism); so importing nf4 sets it, unless somebody has.
+CUBLAS_WORKSPACE = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+os.environ.setdefault(*CUBLAS_WORKSPACE)
 
 _MODULES = {"load": "loading", "load_adapter": "adapters", "save_adapter": "adapters"}
 

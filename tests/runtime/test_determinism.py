@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import nf4
+from nf4 import CUBLAS_WORKSPACE
 from nf4.lora import LoraConfig
 from nf4.text.tokenizer import Tokenizer
-from nf4.training.determinism import CUBLAS_WORKSPACE, deterministic
+from nf4.training.determinism import deterministic
 from nf4.training.train import TrainOptions, train
 
 
-def test_the_environment_is_prepared_on_import() -> None:
-    assert os.environ[CUBLAS_WORKSPACE[0]]
+@pytest.mark.parametrize("given", [None, ":16:8"])
+def test_the_environment_is_prepared_on_import_unless_somebody_has(given: str | None) -> None:
+    name, prepared = CUBLAS_WORKSPACE
+    environment = {key: value for key, value in os.environ.items() if key != name}
+    if given is not None:
+        environment[name] = given
+    command = [sys.executable, "-c", f"import nf4, os; print(os.environ[{name!r}])"]
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == (given or prepared)
 
 
 def test_a_cpu_needs_no_switch() -> None:

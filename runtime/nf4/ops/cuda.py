@@ -68,7 +68,10 @@ class _Weight(PackedOperand):
         return way(x_MK.dtype, x_MK.shape[0], self.rows, self.columns, aligned=aligned, wgmma=wgmma)
 
     def multiply(self, x_MK: Tensor, y_MN: Tensor) -> None:
-        """y = x @ W.T."""
+        """y = x @ W.T; either may be empty."""
+        if y_MN.numel() == 0 or x_MK.shape[1] == 0:
+            y_MN.zero_()
+            return
         chosen = self.way(x_MK)
         if chosen is Way.FEW_ROWS:
             self.multiply_few_rows(x_MK, y_MN)
@@ -176,10 +179,7 @@ def linear(x: Tensor, *arguments: Any) -> Tensor:
     x_MK = matrix("x", x)
     y_MN = x_MK.new_empty(x_MK.shape[0], out_features)
     with torch.cuda.device(x.device):
-        if y_MN.numel() == 0 or x_MK.shape[1] == 0:
-            y_MN.zero_()
-        else:
-            weight.multiply(x_MK, y_MN)
+        weight.multiply(x_MK, y_MN)
     return y_MN.view(*x.shape[:-1], out_features)
 
 
@@ -195,7 +195,8 @@ def linear_group(
         together = x.dtype != torch.float32 and x_MK.numel() > 0
         together = together and all(weight.way(x_MK) is Way.FEW_ROWS for weight in weights)
         if not together or not _multiply_together(weights, x_MK, outputs):
-            return [linear(x, *part, rows) for part, rows in zip(parts, out_features, strict=True)]
+            for weight, y_MN in zip(weights, outputs, strict=True):
+                weight.multiply(x_MK, y_MN)
     return [y_MN.view(*x.shape[:-1], y_MN.shape[1]) for y_MN in outputs]
 
 

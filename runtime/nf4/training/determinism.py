@@ -13,9 +13,7 @@ from typing import Any
 
 import torch
 
-# torch takes matrix products for deterministic only where this stood in the environment before the first one;
-# importing nf4 sets it, unless somebody has.
-CUBLAS_WORKSPACE = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+from .. import CUBLAS_WORKSPACE
 
 
 @contextmanager

@@ -19,9 +19,8 @@ from ..ops import fused
 from .data import IGNORED, send
 
 LOGIT_BYTES = 8 << 20  # logits of a chunk in fp32: within a CPU's caches, yet enough rows for matrix products
-CUDA_LOGIT_BYTES = (
-    256 << 20
-)  # in their own dtype; a GPU needs hundreds of rows at large vocabularies to be busy
+# On a GPU, in their own dtype: it needs hundreds of rows at large vocabularies to be busy.
+CUDA_LOGIT_BYTES = 256 << 20
 
 Head = Callable[[Tensor], Tensor]
 
