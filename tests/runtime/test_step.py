@@ -15,13 +15,14 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from nf4.data.batches import Batch, make_batch
+from nf4.data.dataset import Example
 from nf4.errors import TrainError
 from nf4.lora import LoraConfig, add_lora, lora_layers
 from nf4.model.config import ModelConfig
 from nf4.model.decoder import CausalLM
 from nf4.paging.cuda_pager import SLAB_PAGES
 from nf4.paging.optim import PagedAdamW
-from nf4.training.data import Batch, Example, make_batch
 from nf4.training.loss_scale import GOOD_STEPS, LossScale
 from nf4.training.step import train_step
 from nf4.training.train import TrainOptions, train
@@ -54,11 +55,14 @@ def make_model(family_config: Callable[..., dict[str, Any]]) -> Callable[..., Ca
     return build
 
 
+def example(ids: np.ndarray) -> Example:
+    return Example(ids, np.arange(len(ids)) > 0)
+
+
 def make_batches(count: int = 3, rows: int = 2, length: int = 24) -> list[Batch]:
     rng = np.random.default_rng(0)
     return [
-        make_batch([Example(rng.integers(3, 320, length - 2 * k), 1) for k in range(rows)])
-        for _ in range(count)
+        make_batch([example(rng.integers(3, 320, length - 2 * k)) for k in range(rows)]) for _ in range(count)
     ]
 
 

@@ -14,6 +14,8 @@ import pytest
 import torch
 
 from nf4.adapters import load_adapter
+from nf4.data.batches import make_batch
+from nf4.data.reading import load_dataset
 from nf4.errors import TrainError
 from nf4.lora import LoraConfig, add_lora, lora_layers
 from nf4.model.config import ModelConfig
@@ -22,7 +24,6 @@ from nf4.paging.optim import PagedAdamW
 from nf4.text.perplexity import encode_documents, perplexity
 from nf4.text.tokenizer import Tokenizer
 from nf4.training import train as train_module
-from nf4.training.data import load_dataset, make_batch
 from nf4.training.runlog import RunLog, StopRequest
 from nf4.training.train import StepPlan, TrainOptions, evaluate, train, train_step
 
@@ -151,7 +152,7 @@ def test_one_step_is_plain_accumulated_training(
     rows.write_text(
         "".join(json.dumps({"prompt": "a" * n, "completion": "bc" * n}) + "\n" for n in (1, 3, 9, 5))
     )
-    examples = load_dataset([rows], TOKENIZER, 64).examples
+    examples = list(load_dataset([rows], TOKENIZER, 64))
     ours, theirs = make_model(), make_model()
     for model in (ours, theirs):
         add_lora(model, options.lora, seed=3)
@@ -216,9 +217,9 @@ def test_evaluation_is_the_mean_over_tokens_without_dropout(
     model.train()
     total = 0.0
     plain = make_model()
-    for ids, first in dataset.examples:
+    for ids, labelled in dataset:
         logits = plain(torch.tensor(ids[None], dtype=torch.int64))[0].log_softmax(-1)
-        total -= sum(logits[at - 1, ids[at]].item() for at in range(first, len(ids)))
+        total -= sum(logits[at - 1, ids[at]].item() for at in labelled.nonzero()[0])
     assert evaluate(model, dataset, 2) == pytest.approx(total / dataset.num_labels, rel=1e-5)
     assert model.training
 
@@ -250,7 +251,7 @@ def test_token_outside_the_vocabulary_is_told(
 
 def test_plan_of_steps_and_epochs(options: TrainOptions) -> None:
     dataset = load_dataset(options.data, TOKENIZER, 32)
-    count = len(dataset.examples)
+    count = len(dataset)
     plan = StepPlan(dataset, changed(options, steps=None, epochs=1.5, batch=3, accumulate=2))
     sizes = [[len(batch.input_ids) for batch in step] for step in plan]
     assert len(sizes) == plan.steps == math.ceil(1.5 * count / 6)

@@ -38,8 +38,8 @@ def make_adapter(packed: Path, out: Path) -> None:
 def ours(packed: Path, adapter: Path, rate: float = RATE, **switches: Any) -> Step:
     """`nf4.training.train.train_step` on the packed file; `switches` are set on the model."""
     import nf4
+    from nf4.data.batches import IGNORED, Batch
     from nf4.paging.optim import PagedAdamW
-    from nf4.training.data import IGNORED, Batch
     from nf4.training.determinism import deterministic
     from nf4.training.train import train_step
 

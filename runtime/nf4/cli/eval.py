@@ -65,11 +65,11 @@ def command(
     import torch
     from tqdm import tqdm
 
+    from ..data.reading import DOCUMENT_SEPARATOR
     from ..errors import LoadError
     from ..loading import load
     from ..text.perplexity import encode_documents, perplexity
     from ..text.tokenizer import Tokenizer
-    from ..training.data import DOCUMENT_SEPARATOR
 
     if threads:
         torch.set_num_threads(threads)

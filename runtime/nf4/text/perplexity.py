@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 import torch
 
+from ..data.reading import DOCUMENT_SEPARATOR
 from ..errors import LoadError
 from ..model.decoder import CausalLM
-from ..training.data import DOCUMENT_SEPARATOR
 from ..training.loss import loss_sum
 from .tokenizer import Tokenizer
 

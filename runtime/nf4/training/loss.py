@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..data.batches import IGNORED, send
 from ..ops import fused
-from .data import IGNORED, send
 
 LOGIT_BYTES = 8 << 20  # logits of a chunk in fp32: within a CPU's caches, yet enough rows for matrix products
 # On a GPU, in their own dtype: it needs hundreds of rows at large vocabularies to be busy.

@@ -17,10 +17,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from ..data.batches import Batch
 from ..errors import TrainError
 from ..model.decoder import CausalLM
 from ..paging.optim import PagedAdamW
-from .data import Batch
 from .loss import backward_loss, labelled_positions
 
 T = TypeVar("T")

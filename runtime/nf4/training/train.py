@@ -15,11 +15,14 @@ import torch
 from tqdm import tqdm
 
 from ..adapters import save_adapter
+from ..data.batches import Batch, example_order, make_batch
+from ..data.dataset import Dataset
+from ..data.reading import TextEncoder, load_dataset
+from ..data.split import split_dataset
 from ..errors import TrainError
 from ..lora import LoraConfig, add_lora
 from ..model.decoder import CausalLM
 from ..paging.optim import DEFAULT_PAGE_BYTES, PagedAdamW
-from .data import Batch, Dataset, TextEncoder, example_order, load_dataset, make_batch, split_dataset
 from .determinism import deterministic
 from .loss import labelled_positions, loss_sum
 from .loss_scale import LossScale
@@ -35,7 +38,7 @@ class TrainOptions:
     on the same machine with the same number of threads (on a GPU: see `nf4.training.determinism`).
 
     Attributes:
-        data: text or JSONL files (see nf4.training.data).
+        data: text or JSONL files (see nf4.data.reading).
         out: directory of the adapter; written at the end, and every `save_every` steps.
         steps, epochs: length of the run; `steps` counts optimizer steps and wins where both are given.
         batch, accumulate: sequences of a micro-batch, and micro-batches of a step.
@@ -190,10 +193,10 @@ def evaluate(model: CausalLM, dataset: Dataset, batch_size: int) -> float:
     was_training = model.training
     model.eval()
     total = 0.0
-    examples = sorted(dataset.examples, key=lambda example: len(example.ids))  # little padding
+    order = dataset.lengths.argsort(kind="stable").tolist()  # little padding
     with torch.no_grad():
-        for start in range(0, len(examples), batch_size):
-            batch = make_batch(examples[start : start + batch_size]).to(model.device)
+        for start in range(0, len(order), batch_size):
+            batch = make_batch([dataset[i] for i in order[start : start + batch_size]]).to(model.device)
             hidden = model.hidden_states(batch.input_ids, batch.attention_mask)
             total += loss_sum(model.head, *labelled_positions(hidden, batch.labels), model.config.vocab_size)
     model.train(was_training)
@@ -211,7 +214,7 @@ class StepPlan:
     def __init__(self, dataset: Dataset, options: TrainOptions) -> None:
         self._dataset, self._options = dataset, options
         per_step = options.batch * options.accumulate
-        count = len(dataset.examples)
+        count = len(dataset)
         # An epoch ends with a smaller step; a number of steps is all full ones.
         self._sequences = (
             options.steps * per_step if options.steps is not None else max(1, round(options.epochs * count))
@@ -219,9 +222,9 @@ class StepPlan:
         self.steps = math.ceil(self._sequences / per_step)
 
     def __iter__(self) -> Iterator[list[Batch]]:
-        options, examples = self._options, self._dataset.examples
-        order = itertools.islice(example_order(len(examples), options.seed), self._sequences)
-        while chosen := [examples[i] for i in itertools.islice(order, options.batch * options.accumulate)]:
+        options, dataset = self._options, self._dataset
+        order = itertools.islice(example_order(len(dataset), options.seed), self._sequences)
+        while chosen := [dataset[i] for i in itertools.islice(order, options.batch * options.accumulate)]:
             yield [make_batch(chosen[at : at + options.batch]) for at in range(0, len(chosen), options.batch)]
 
 
@@ -231,7 +234,7 @@ def load_data(
     """Training data, and evaluation data if the options name any; says what was cut.
 
     Raises:
-        TrainError: see nf4.training.data; both kinds of evaluation data asked for.
+        TrainError: see nf4.data.reading; both kinds of evaluation data asked for.
     """
     training = load_dataset(options.data, tokenizer, options.seq_len)
     evaluation = None
@@ -241,11 +244,11 @@ def load_data(
         training, evaluation = split_dataset(training, options.eval_fraction, options.seed)
     for name, dataset in (("training", training), ("evaluation", evaluation)):
         if dataset is not None:
-            say(f"{name} data: {len(dataset.examples):,} sequences, {dataset.num_labels:,} tokens with loss")
-            if dataset.truncated:
+            say(f"{name} data: {len(dataset):,} sequences, {dataset.num_labels:,} tokens with loss")
+            if (report := dataset.report).truncated:
                 say(
-                    f"{name} data: {dataset.truncated:,} rows cut at {options.seq_len} tokens,"
-                    f" {dataset.dropped:,} of them left out because nothing of their completion remained"
+                    f"{name} data: {report.truncated:,} rows cut at {options.seq_len} tokens,"
+                    f" {report.dropped:,} of them left out because nothing of their completion remained"
                 )
     return training, evaluation
 
@@ -296,7 +299,7 @@ def _check_fit(model: CausalLM, options: TrainOptions, *datasets: Dataset | None
         expected = f"at most the model's {positions} positions"
         raise TrainError("", "sequence length", expected=expected, got=options.seq_len)
     for dataset in datasets:
-        largest = max((int(example.ids.max()) for example in dataset.examples), default=0) if dataset else 0
+        largest = max((int(example.ids.max()) for example in dataset), default=0) if dataset else 0
         if largest >= vocab_size:
             expected = f"below the model's {vocab_size}"
             remedy = "the tokenizer is not the model's"

@@ -1,4 +1,4 @@
-"""Text files and prompt/completion rows as token sequences with labels, split, ordered and batched.
+"""Text files and prompt/completion rows as token sequences with labels.
 
 Two kinds of file, told apart by suffix:
 
@@ -15,23 +15,19 @@ Limits: everything is tokenized at the start and held in memory, 4 bytes a token
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from ..errors import TrainError
+from .dataset import DataReport, Dataset, Example, FileReport, ListDataset
 
 DOCUMENT_SEPARATOR = "\n<|doc|>\n"
-IGNORED = -100  # label of a position without loss, torch's and transformers' convention
 ROW_SUFFIXES = (".jsonl", ".ndjson")
 # Training on the markup of these as if it were prose would go unnoticed.
 UNSUPPORTED_SUFFIXES = (".json", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zst", ".zip", ".xz", ".bz2")
-_SPLIT_STREAM, _ORDER_STREAM = 1, 2  # keep the random streams of one seed apart
 
 
 class TextEncoder(Protocol):
@@ -44,62 +40,6 @@ class TextEncoder(Protocol):
     def eos_ids(self) -> Sequence[int]: ...
 
     def encode(self, text: str, special: bool = True) -> list[int]: ...
-
-
-class Example(NamedTuple):
-    """One sequence: ids, int32 [n], of which ids[first_label:] are to be predicted; first_label >= 1."""
-
-    ids: np.ndarray
-    first_label: int
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """Examples, and how many rows lost their end (`truncated`) or all of their labels (`dropped`)."""
-
-    examples: list[Example]
-    truncated: int = 0
-    dropped: int = 0
-
-    @property
-    def num_labels(self) -> int:
-        """Tokens that carry loss."""
-        return sum(len(example.ids) - example.first_label for example in self.examples)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Right-padded examples.
-
-    input_ids: int64 [B, T]. labels: int64 [B, T], the token at its own position, -100 where it has no
-    loss. attention_mask: bool [B, T], false on padding; None where nothing is padded.
-    """
-
-    input_ids: Tensor
-    labels: Tensor
-    attention_mask: Tensor | None
-
-    def to(self, device: torch.device) -> Batch:
-        """The same batch on a device; nothing waits for the copy."""
-        mask = None if self.attention_mask is None else send(self.attention_mask, device)
-        return Batch(send(self.input_ids, device), send(self.labels, device), mask)
-
-    @property
-    def num_labels(self) -> int:
-        """Tokens that carry loss."""
-        return int((self.labels != IGNORED).sum())
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens without the padding."""
-        return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
-
-
-def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on a device. To a GPU by way of pinned memory: other copies would wait for all its work."""
-    if tensor.device.type == "cpu" and device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
 
 
 def load_dataset(paths: Iterable[str | Path], tokenizer: TextEncoder, seq_len: int) -> Dataset:
@@ -118,7 +58,7 @@ def load_dataset(paths: Iterable[str | Path], tokenizer: TextEncoder, seq_len: i
     if seq_len < 2:
         raise TrainError("", "sequence length", expected="at least 2 tokens", got=seq_len)
     examples: list[Example] = []
-    truncated = dropped = 0
+    reports: list[FileReport] = []
     for path in map(Path, paths):
         if path.suffix.lower() in UNSUPPORTED_SUFFIXES:
             raise TrainError(
@@ -129,76 +69,28 @@ def load_dataset(paths: Iterable[str | Path], tokenizer: TextEncoder, seq_len: i
                 remedy="convert it to JSONL rows with the keys prompt and completion",
             )
         read = _read_rows if path.suffix.lower() in ROW_SUFFIXES else _read_text
-        part = read(path, tokenizer, seq_len)
-        examples += part.examples
-        truncated += part.truncated
-        dropped += part.dropped
-    return Dataset(examples, truncated, dropped)
+        part, report = read(path, tokenizer, seq_len)
+        examples += part
+        reports.append(report)
+    return ListDataset(examples, DataReport(tuple(reports)))
 
 
-def split_dataset(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
-    """Take a fraction of the examples, chosen by the seed, out for evaluation: (train, eval).
-
-    Raises:
-        TrainError: one side would be empty.
-    """
-    count = len(dataset.examples)
-    held_out = max(1, round(count * fraction))
-    if not 0 < fraction < 1 or held_out >= count:
-        raise TrainError(
-            "",
-            f"cannot hold out a fraction of {fraction} of {count} examples",
-            expected="at least one example on either side",
-            remedy="give more data or a separate evaluation file",
-        )
-    chosen = set(np.random.default_rng([seed, _SPLIT_STREAM]).permutation(count)[:held_out].tolist())
-    train = [example for index, example in enumerate(dataset.examples) if index not in chosen]
-    held = [example for index, example in enumerate(dataset.examples) if index in chosen]
-    return Dataset(train, dataset.truncated, dataset.dropped), Dataset(held)
-
-
-def example_order(count: int, seed: int) -> Iterator[int]:
-    """Example indices without end: epoch after epoch, each a permutation given by seed and epoch."""
-    epoch = 0
-    while True:
-        yield from np.random.default_rng([seed, _ORDER_STREAM, epoch]).permutation(count).tolist()
-        epoch += 1
-
-
-def make_batch(examples: Sequence[Example]) -> Batch:
-    """Pad examples on the right to the longest of them."""
-    longest = max(len(example.ids) for example in examples)
-    shape = (len(examples), longest)
-    # Any id in the vocabulary does for padding: nothing attends to it and nothing is predicted from it.
-    input_ids = np.zeros(shape, dtype=np.int64)
-    labels = np.full(shape, IGNORED, dtype=np.int64)
-    real = np.zeros(shape, dtype=bool)
-    for row, (ids, first_label) in enumerate(examples):
-        input_ids[row, : len(ids)] = ids
-        labels[row, first_label : len(ids)] = ids[first_label:]
-        real[row, : len(ids)] = True
-    mask = None if real.all() else torch.from_numpy(real)
-    return Batch(torch.from_numpy(input_ids), torch.from_numpy(labels), mask)
-
-
-def _read_text(path: Path, tokenizer: TextEncoder, seq_len: int) -> Dataset:
+def _read_text(path: Path, tokenizer: TextEncoder, seq_len: int) -> tuple[list[Example], FileReport]:
     text = _decode(path.read_bytes(), path, 1)
     tokens: list[int] = []
-    for document in text.split(DOCUMENT_SEPARATOR):
-        if document.strip():
-            tokens += tokenizer.encode(document)
+    documents = [document for document in text.split(DOCUMENT_SEPARATOR) if document.strip()]
+    for document in documents:
+        tokens += tokenizer.encode(document)
     head = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     stride = seq_len - len(head)
     stop = max(len(tokens) // stride, 1) * stride
-    examples = [
-        Example(np.array(head + tokens[at : at + stride], dtype=np.int32), 1) for at in range(0, stop, stride)
-    ]
+    examples = [_example(head + tokens[at : at + stride], 1) for at in range(0, stop, stride)]
     if len(examples[0].ids) < 2:
         raise TrainError(path, "no text to train on", expected="at least two tokens", got=len(tokens))
-    return Dataset(examples)
+    return examples, _report(path, len(documents), examples)
 
 
-def _read_rows(path: Path, tokenizer: TextEncoder, seq_len: int) -> Dataset:
+def _read_rows(path: Path, tokenizer: TextEncoder, seq_len: int) -> tuple[list[Example], FileReport]:
     if not tokenizer.eos_ids:
         raise TrainError(
             path,
@@ -206,15 +98,16 @@ def _read_rows(path: Path, tokenizer: TextEncoder, seq_len: int) -> Dataset:
             remedy="train on plain text",
         )
     examples: list[Example] = []
-    truncated = dropped = 0
+    rows = truncated = dropped = 0
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if not line.strip():
             continue
         prompt, completion = _parse_row(_decode(line, path, number), f"{path}:{number}")
         ids, first_label = _encode_row(tokenizer, prompt, completion)
+        rows += 1
         truncated += len(ids) > seq_len
         if first_label < min(len(ids), seq_len):
-            examples.append(Example(np.array(ids[:seq_len], dtype=np.int32), first_label))
+            examples.append(_example(ids[:seq_len], first_label))
         else:
             dropped += 1
     if not examples:
@@ -225,7 +118,20 @@ def _read_rows(path: Path, tokenizer: TextEncoder, seq_len: int) -> Dataset:
                 remedy="raise the sequence length or shorten the prompts",
             )
         raise TrainError(path, "no rows", expected="one JSON object a line", got="an empty file")
-    return Dataset(examples, truncated, dropped)
+    return examples, _report(path, rows, examples, truncated, dropped)
+
+
+def _example(ids: list[int], first_label: int) -> Example:
+    """Tokens of which those from first_label on carry loss."""
+    return Example(np.array(ids, dtype=np.int32), np.arange(len(ids)) >= first_label)
+
+
+def _report(
+    path: Path, rows: int, examples: list[Example], truncated: int = 0, dropped: int = 0
+) -> FileReport:
+    tokens = sum(len(example.ids) for example in examples)
+    labelled = sum(int(example.labelled.sum()) for example in examples)
+    return FileReport(str(path), rows, len(examples), truncated, dropped, tokens, labelled)
 
 
 def _encode_row(tokenizer: TextEncoder, prompt: str, completion: str) -> tuple[list[int], int]:

@@ -1,0 +1,1 @@
+"""Data for fine-tuning: files -> examples -> batches."""

@@ -1,0 +1,74 @@
+"""Examples in the order of a seed, padded into batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .dataset import Example
+
+IGNORED = -100  # label of a position without loss, torch's and transformers' convention
+_ORDER_STREAM = 2  # keeps random streams of one seed apart
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded examples.
+
+    input_ids: int64 [B, T]. labels: int64 [B, T], the token at its own position, -100 where it has no
+    loss. attention_mask: bool [B, T], false on padding; None where nothing is padded.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    attention_mask: Tensor | None
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on a device; nothing waits for the copy."""
+        mask = None if self.attention_mask is None else send(self.attention_mask, device)
+        return Batch(send(self.input_ids, device), send(self.labels, device), mask)
+
+    @property
+    def num_labels(self) -> int:
+        """Tokens that carry loss."""
+        return int((self.labels != IGNORED).sum())
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens without the padding."""
+        return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device. To a GPU by way of pinned memory: other copies would wait for all its work."""
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def example_order(count: int, seed: int) -> Iterator[int]:
+    """Example indices without end: epoch after epoch, each a permutation given by seed and epoch."""
+    epoch = 0
+    while True:
+        yield from np.random.default_rng([seed, _ORDER_STREAM, epoch]).permutation(count).tolist()
+        epoch += 1
+
+
+def make_batch(examples: Sequence[Example]) -> Batch:
+    """Pad examples on the right to the longest of them."""
+    longest = max(len(example.ids) for example in examples)
+    shape = (len(examples), longest)
+    # Any id in the vocabulary does for padding: nothing attends to it and nothing is predicted from it.
+    input_ids = np.zeros(shape, dtype=np.int64)
+    labels = np.full(shape, IGNORED, dtype=np.int64)
+    real = np.zeros(shape, dtype=bool)
+    for row, (ids, labelled) in enumerate(examples):
+        input_ids[row, : len(ids)] = ids
+        labels[row, : len(ids)][labelled] = ids[labelled]
+        real[row, : len(ids)] = True
+    mask = None if real.all() else torch.from_numpy(real)
+    return Batch(torch.from_numpy(input_ids), torch.from_numpy(labels), mask)
