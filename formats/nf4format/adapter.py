@@ -12,19 +12,11 @@ from typing import Any, Final
 import numpy as np
 
 from .atomic import AtomicDirectory, AtomicFile
-from .dtypes import element_bytes
 from .errors import FormatError
 from .files import open_regular, pread_into, read_capped
-from .header import (
-    PREFIX_BYTES,
-    TensorEntry,
-    encode_header,
-    header_json,
-    read_header,
-    tensor_bytes,
-    valid_name,
-)
+from .header import read_header
 from .strictjson import parse_object
+from .tensorfile import begin_tensors, plan_tensors
 
 CONFIG_NAME: Final = "adapter_config.json"
 WEIGHTS_NAME: Final = "adapter_model.safetensors"
@@ -99,40 +91,22 @@ def write_adapter(
     """
     text = json.dumps(dict(config), indent=2, sort_keys=True, allow_nan=False) + "\n"
     views = {name: np.ascontiguousarray(data).data.cast("B") for name, (data, _, _) in tensors.items()}
-    entries = _plan(tensors, views)
-    header = _header({"format": "pt", **dict(sorted((metadata or {}).items()))}, entries)
+    plan = plan_tensors(
+        {name: (dtype, tuple(shape)) for name, (_, dtype, shape) in tensors.items()}, metadata or {}
+    )
+    for entry in plan.entries.values():
+        size = entry.end - entry.begin
+        if len(views[entry.name]) != size:
+            raise ValueError(
+                f"{entry.name}: expected {size} bytes for {entry.dtype} {list(entry.shape)},"
+                f" got {len(views[entry.name])}"
+            )
     with AtomicDirectory(path, replace=True) as folder:
         (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
         with AtomicFile(folder / WEIGHTS_NAME) as file:
-            file.preallocate(len(header) + (entries[-1].end if entries else 0))
-            file.pwrite(header, 0)
-            for entry in entries:
-                file.pwrite(views[entry.name], len(header) + entry.begin)
-
-
-def _plan(tensors: Mapping[str, AdapterTensor], views: Mapping[str, memoryview]) -> list[TensorEntry]:
-    """Entries with offsets from 0: wide elements first, so that all are aligned, then by name."""
-    entries = []
-    position = 0
-    for name in sorted(tensors, key=lambda name: (-element_bytes(tensors[name][1]), name)):
-        _, dtype, shape = tensors[name]
-        size = tensor_bytes(dtype, shape)
-        if not valid_name(name):
-            raise ValueError(f"{name!r} is not a tensor name")
-        if len(views[name]) != size:
-            raise ValueError(
-                f"{name}: expected {size} bytes for {dtype} {list(shape)}, got {len(views[name])}"
-            )
-        entries.append(TensorEntry(name, dtype, tuple(shape), position, position + size))
-        position += size
-    return entries
-
-
-def _header(metadata: Mapping[str, str], entries: list[TensorEntry]) -> bytes:
-    size = PREFIX_BYTES + len(header_json(metadata, entries, 0))
-    data_start = -(-size // 8) * 8  # as safetensors' own writer aligns it
-    moved = [TensorEntry(e.name, e.dtype, e.shape, e.begin + data_start, e.end + data_start) for e in entries]
-    return encode_header(metadata, moved, data_start)
+            begin_tensors(file, plan)
+            for entry in plan.entries.values():
+                file.pwrite(views[entry.name], entry.begin)
 
 
 def _read_config(path: Path) -> dict[str, Any]:

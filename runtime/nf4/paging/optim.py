@@ -16,7 +16,7 @@ in the pool is used first, where a one-way sweep would find nothing of use there
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 STATE_BYTES = 8  # of one element: two fp32 moments
 DEFAULT_PAGE_BYTES = 4 << 20  # large enough for full disk and PCIe speed, small enough for a tight budget
+MOMENTS = ("exp_avg", "exp_avg_sq")  # in the order of a page's rows; torch's names
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -259,24 +260,16 @@ class PagedAdamW(Optimizer):
         saved = super().state_dict()
         if self.loss_scale is not None:
             saved["loss_scale"] = self.loss_scale.state_dict()
-        moments = [
-            torch.empty(2, p.numel()) if step else None
-            for p, step in zip(self._params, self._steps, strict=True)
-        ]
-        for pages in self.pager.sweep(list(range(len(self._pieces))), write=False):
-            for k, page in pages:
-                state = page.cpu().view(torch.float32).view(2, -1)
-                for param, start, stop, at in self._pieces[k]:
-                    flat = moments[param]
-                    if flat is not None:
-                        flat[:, start:stop] = state[:, at : at + stop - start]
-        for index, flat in enumerate(moments):
-            if flat is not None:
-                shape = self._params[index].shape
-                saved["state"][index] = {
-                    "step": torch.tensor(float(self._steps[index])),
-                    "exp_avg": flat[0].view(shape),
-                    "exp_avg_sq": flat[1].view(shape),
+        flat = {name: torch.empty(shape).view(-1) for name, (_, shape) in self.state_layout().items()}
+
+        def put(name: str, offset: int, data: memoryview) -> None:
+            flat[name].numpy().data.cast("B")[offset : offset + len(data)] = data
+
+        self.write_state(put)
+        for index, (p, step) in enumerate(zip(self._params, self._steps, strict=True)):
+            if step:
+                saved["state"][index] = {"step": torch.tensor(float(step))} | {
+                    name: flat[f"{index}.{name}"].view(p.shape) for name in MOMENTS
                 }
         return saved
 
@@ -295,20 +288,77 @@ class PagedAdamW(Optimizer):
         super().load_state_dict({**state_dict, "state": {}})
         # torch's loader makes new group dictionaries; the line must follow them to see their rates.
         self._line = [(group, p) for group in self.param_groups for p in group["params"]]
-        for index in range(len(self._params)):
-            self._steps[index] = round(float(states.get(index, {}).get("step", 0)))
         if self.loss_scale is not None and "loss_scale" in state_dict:
             self.loss_scale.load_state_dict(state_dict["loss_scale"])
+        flat = {
+            f"{index}.{name}": state[name].detach().cpu().float().contiguous().view(-1)
+            for index, state in states.items()
+            for name in MOMENTS
+        }
+
+        def get(name: str, offset: int, into: memoryview) -> None:
+            into[:] = flat[name].numpy().data.cast("B")[offset : offset + len(into)]
+
+        self.read_state(
+            [round(float(states.get(index, {}).get("step", 0))) for index in range(len(self._params))], get
+        )
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Updates that each parameter has had."""
+        return tuple(self._steps)
+
+    def state_layout(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """What `write_state` gives: `<number of the parameter>.<moment>` -> safetensors dtype, shape.
+
+        A parameter that was never updated has none.
+        """
+        return {
+            f"{index}.{name}": ("F32", tuple(p.shape))
+            for index, (p, step) in enumerate(zip(self._params, self._steps, strict=True))
+            if step
+            for name in MOMENTS
+        }
+
+    def write_state(self, put: Callable[[str, int, memoryview], None]) -> None:
+        """Give away all moments piece by piece, with one page in memory at a time.
+
+        Args:
+            put: takes the name of a tensor of `state_layout`, a byte offset in it, and the bytes there.
+
+        Raises:
+            TrainError: the page file failed.
+        """
+        for pages in self.pager.sweep(list(range(len(self._pieces))), write=False):
+            for k, page in pages:
+                rows = page.cpu().view(torch.float32).view(2, -1).numpy()
+                for param, start, stop, at in self._pieces[k]:
+                    if self._steps[param]:
+                        for row, name in zip(rows, MOMENTS, strict=True):
+                            data = row[at : at + stop - start].data.cast("B")
+                            put(f"{param}.{name}", STATE_BYTES // 2 * start, data)
+
+    def read_state(self, steps: Sequence[int], get: Callable[[str, int, memoryview], None]) -> None:
+        """Take all moments back piece by piece; those of parameters without an update become zeros.
+
+        Args:
+            steps: updates that each parameter has had.
+            get: fills a buffer from a tensor of `state_layout`, beginning at a byte offset.
+
+        Raises:
+            TrainError: the page file failed.
+        """
+        self._steps = list(steps)
         if self._tables is not None:
             self._tables.forget()  # which parameters share a setting
         for pages in self.pager.sweep(list(range(len(self._pieces)))):
             for k, page in pages:
                 moments = torch.zeros(2, self._page_elements)
                 for param, start, stop, at in self._pieces[k]:
-                    if param in states:
-                        for row, name in enumerate(("exp_avg", "exp_avg_sq")):
-                            flat = states[param][name].reshape(-1)
-                            moments[row, at : at + stop - start] = flat[start:stop]
+                    if self._steps[param]:
+                        for row, name in zip(moments.numpy(), MOMENTS, strict=True):
+                            data = row[at : at + stop - start].data.cast("B")
+                            get(f"{param}.{name}", STATE_BYTES // 2 * start, data)
                 page.copy_(moments.view(-1).view(torch.uint8))
 
 
@@ -377,7 +427,7 @@ def _check_state(index: int, state: dict[str, Any], p: Tensor) -> None:
         raise TrainError(
             "", f"optimizer state of parameter {index} belongs to amsgrad, which is not supported"
         )
-    for name in ("exp_avg", "exp_avg_sq"):
+    for name in MOMENTS:
         got = tuple(state[name].shape) if name in state else "nothing"
         if got != tuple(p.shape):
             raise TrainError("", f"{name} of parameter {index}", expected=tuple(p.shape), got=got)
