@@ -11,9 +11,9 @@ import click
 from tqdm import tqdm
 
 from nf4format.atomic import write_bytes
+from nf4format.encode import ENCODERS
 from nf4format.errors import Nf4Error
 
-from .encode import ENCODERS
 from .options import CompileOptions
 from .pipeline import compile_checkpoint, plan_checkpoint
 from .summary import plan_json, plan_text

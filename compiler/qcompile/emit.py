@@ -18,9 +18,9 @@ from nf4format.atomic import AtomicFile
 from nf4format.blocks import NonFinite, first_nonfinite
 from nf4format.checkpoint import Checkpoint
 from nf4format.codebook import NESTED_MAP, NF4_LEVELS
+from nf4format.encode import Constants, Encoder
 from nf4format.layout import FILE_PREFIX, QUANT_STATE, quant_state_json
 
-from .encode import Constants, Encoder
 from .errors import CompileError
 from .plan import Plan
 from .policy import Decision

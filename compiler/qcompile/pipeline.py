@@ -22,9 +22,9 @@ from pathlib import Path
 from nf4format.atomic import AtomicFile
 from nf4format.checkpoint import Checkpoint
 from nf4format.container import seal
+from nf4format.encode import ENCODERS
 
 from .emit import Emitted, Progress, emit_files, emit_tensors
-from .encode import ENCODERS
 from .errors import CompileError
 from .options import CompileOptions
 from .plan import SOURCE_HASH_KEY, Plan, make_plan, source_hash

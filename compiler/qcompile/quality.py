@@ -11,8 +11,7 @@ import numpy as np
 
 from nf4format.blocks import Dtype, PackedTensor, dequantize
 from nf4format.codebook import BLOCK, NESTED_BLOCK, NESTED_MAP, NF4_LEVELS
-
-from .encode import Constants
+from nf4format.encode import Constants
 
 # Values decoded at a time: whole nested blocks, so that a segment is a packed tensor of its own.
 SEGMENT = 4 * BLOCK * NESTED_BLOCK

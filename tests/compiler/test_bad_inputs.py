@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
+from nf4format.encode import ENCODERS, Constants, encode_absmax
 from nf4format.errors import Nf4Error
-from qcompile.encode import ENCODERS, Constants, encode_absmax
 from qcompile.options import CompileOptions
 from qcompile.pipeline import compile_checkpoint
 

@@ -1,7 +1,9 @@
 """Optimisation levels: how a weight's values become codes and scales. Every level has the same decoder.
 
 A level is a function from the values of one tensor, read chunk by chunk, to its constants; codes leave
-through a callback as soon as they are known, so that no more of a tensor than a chunk is in memory.
+through a callback as soon as they are known, so that no more of a tensor than a chunk is in memory. The
+compiler writes with it; whoever repeats it on the same weights gets the same bytes, which is how a file is
+compared with its checkpoint.
 """
 
 from __future__ import annotations
@@ -12,8 +14,8 @@ from typing import Protocol
 
 import numpy as np
 
-from nf4format.blocks import Dtype, NonFinite, quantize_absmax, quantize_codes
-from nf4format.codebook import BLOCK
+from .blocks import Dtype, NonFinite, quantize_absmax, quantize_codes
+from .codebook import BLOCK
 
 
 @dataclass(frozen=True)
