@@ -131,7 +131,8 @@ def test_interrupted_leaves_nothing(model: Path, tmp_path: Path, signum: int) ->
     # A level that waits forever after its first chunk, so that the signal surely comes in the middle.
     program = """
 import itertools, os, time
-from qcompile import cli, encode
+from nf4format import encode
+from qcompile import cli
 def slow(source, write_codes, threads, scales):
     for _ in itertools.count():
         next(iter(source.chunks()))

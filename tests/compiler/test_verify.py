@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from nf4format import encode
 from nf4format.blocks import dequantize, quantize
-from qcompile import encode
 from qcompile.errors import CompileError
 from qcompile.options import CompileOptions
 from qcompile.pipeline import compile_checkpoint
