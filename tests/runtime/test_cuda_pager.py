@@ -29,6 +29,7 @@ class Machine:
         self.streams: list[Stream] = []
         self.compute = Stream(self)
         self.current = [self.compute]
+        self.copied_pages: list[int] = []  # of each copy
 
     def run(self, until: Callable[[], bool]) -> None:
         while not until():
@@ -133,6 +134,7 @@ def make_machine(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Machine]:
         machine = Machine(seed)
 
         def copy(target: Tensor, source: Tensor) -> None:
+            machine.copied_pages.append(len(target))
             machine.current[-1].add(lambda: target.copy_(source))
 
         def clear(target: Tensor) -> None:
@@ -223,6 +225,22 @@ def test_alternate_sweeps_move_what_does_not_fit_and_no_more(make_machine: Calla
         order.reverse()
     assert pager.stats.misses == 0  # everything was fetched ahead
     assert pager.stats.stall_seconds > 0
+
+
+def test_neighbours_move_in_one_copy_of_bounded_size(
+    make_machine: Callable[[int], Machine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_pager, "MOST_COPY_BYTES", 4 * PAGE)
+    machine = make_machine(4)
+    pager = CudaPager(72, PAGE, budget_bytes=32 * PAGE, device=CPU)  # groups of 8, as large as a slab
+    expected = [0] * 72
+    order = list(range(72))
+    for number in range(1, 8):
+        machine.copied_pages.clear()
+        sweep(machine, pager, order, expected, number)
+        assert machine.copied_pages == [4] * (10 if number == 1 else 20)  # 40 pages out, and 40 in
+        order.reverse()
+    machine.run_all()
 
 
 def test_pages_read_only_are_not_written_back(make_machine: Callable[[int], Machine]) -> None:

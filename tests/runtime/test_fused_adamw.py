@@ -251,7 +251,8 @@ def test_pressure_gives_memory_back_and_changes_nothing() -> None:
                 before = torch.cuda.memory_allocated()
                 given = optimizer.release_memory()
                 assert abs(before - torch.cuda.memory_allocated() - given) <= 2 << 20  # its rounding
-                assert given == (18 - SLAB_PAGES) * (4 << 20)
+                pager = optimizer.pager
+                assert given == (pager.num_pages - SLAB_PAGES) * pager.page_bytes > 0
                 assert optimizer.release_memory() == 0
             optimizer.step()
         assert (optimizer.pager.stats.bytes_in > 0) == pressed

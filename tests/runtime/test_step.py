@@ -387,7 +387,7 @@ def test_running_out_of_gpu_memory_pages_the_optimizer_and_changes_nothing(
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0)
         assert errors == limited
-        kept = SLAB_PAGES * (4 << 20) if limited else resident
+        kept = SLAB_PAGES * optimizer.pager.page_bytes if limited else resident
         assert optimizer.pager.capacity_bytes == kept
         results.append([value.cpu() for value in values_of(model)])
         optimizer.close()

@@ -38,8 +38,8 @@ from nf4.errors import TrainError
 from nf4.lora import LoraConfig
 from nf4.model.config import ModelConfig
 from nf4.model.decoder import CausalLM
-from nf4.paging.cuda_pager import PinnedArena
 from nf4.paging.optim import PagedAdamW
+from nf4.paging.pinned_arena import PinnedArena
 from nf4.training.train import TrainOptions, train
 
 LAYERS, HIDDEN, KEY, INTERMEDIATE = 32, 4096, 1024, 14336
@@ -317,7 +317,7 @@ def main() -> None:
         finish("gpu_optimizer", report)
     if "paged" in arguments.parts:
         cases = [(16, mib, POOL_PAGES) for mib in (2, 4, 8)]
-        cases += [(16, 4, 4), (16, 4, 16), (64, 4, 4), (64, 4, POOL_PAGES), (64, 4, 160)]
+        cases += [(16, 8, 4), (16, 8, 16), (64, 8, 4), (64, 8, POOL_PAGES), (64, 8, 80)]
         report = Report(
             "AdamW on a GPU, state evicted in each step",
             ["parameters, pages", "ms a step", "MB in", "MB out", "of the limit", "of both at once"],

@@ -12,6 +12,9 @@ which pages will be wanted, so as soon as a page has been used its slot goes to 
 as far ahead as there are slots. Where all pages fit the budget nothing ever moves, and there are neither
 streams nor host memory.
 
+The host must start copies faster than the link finishes them. So pages that leave or arrive together get
+slots in the order of their numbers, and those that are neighbours both here and there go in one copy.
+
 The pool is made of slabs of a few pages, each an allocation of its own. Under memory pressure `shrink` gives
 all but one back; the pool stays small from then on. Only plain allocations: memory that the driver migrates
 by itself can stall a GPU once its memory is full.
@@ -21,7 +24,7 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,57 +33,48 @@ from torch import Tensor, cuda
 
 from ..errors import TrainError
 from .pager import PagerStats, slots_within
+from .pinned_arena import PinnedArena
 
 SLAB_PAGES = 8  # what stays under pressure: with four the link idles now and then, with eight hardly
 GROUPS = 4  # of pages in the pool: one in use, one leaving, one arriving, one in reserve
-
-
-class PinnedArena:
-    """Host memory for every page, pinned, in one allocation.
-
-    Attributes:
-        pages: uint8 [num_pages, page_bytes].
-
-    Raises:
-        TrainError: there is not enough memory, or it cannot be pinned.
-    """
-
-    def __init__(self, num_pages: int, page_bytes: int) -> None:
-        wanted = num_pages * page_bytes
-        remedy = "free host memory, raise its limit (ulimit -l), or raise the page budget"
-        try:
-            # Pinned here and not by torch, whose allocator for pinned memory rounds up to a power of two.
-            self.pages = torch.empty(num_pages, page_bytes, dtype=torch.uint8)
-        except RuntimeError:
-            raise TrainError("", f"no host memory for {wanted} bytes of pages", remedy=remedy) from None
-        runtime = cuda.cudart()
-        code = runtime.cudaHostRegister(self.pages.data_ptr(), wanted, 0)
-        if code != runtime.cudaError.success:
-            reason = runtime.cudaGetErrorString(code)
-            raise TrainError("", f"cannot pin {wanted} bytes of pages: {reason}", remedy=remedy)
-        self._finalizer = weakref.finalize(self, runtime.cudaHostUnregister, self.pages.data_ptr())
-
-    def close(self) -> None:
-        """Unpin; no copy may be under way."""
-        self._finalizer()
+MOST_COPY_BYTES = 16 << 20  # of one copy: what follows must wait for all of it
 
 
 @dataclass
 class _Slot:
-    """Room for a page. The events are used again and again; a wait refers to the record before it."""
+    """Room for a page: one row of a slab, uint8 [pages, page_bytes]."""
 
-    memory: Tensor
-    arrival: cuda.Event  # in the stream of copies in: the page is there
-    used: cuda.Event  # in the caller's stream: the last kernel over the page is done
-    left: cuda.Event  # in the stream of copies out: the host has the page
-    vacant: cuda.Event | None = None  # which of them must have happened before the slot is filled
+    slab: Tensor
+    row: int
+    vacant: cuda.Event | None = None  # what must have happened before the slot is filled
+
+    @property
+    def memory(self) -> Tensor:
+        return self.slab[self.row]
 
 
 @dataclass
 class _Resident:
     slot: _Slot
     dirty: bool = False
-    is_arriving: bool = False  # no kernel has waited for it yet
+    used: cuda.Event | None = None  # in the caller's stream: the last kernel over the page is done
+    arrival: cuda.Event | None = None  # in the stream of copies in; None once a kernel has waited for it
+
+
+@dataclass
+class _Run:
+    """Pages `first` .. `first` + len(slots) - 1 and slots that follow each other in a slab."""
+
+    first: int
+    slots: list[_Slot]
+
+    def on_device(self) -> Tensor:
+        """uint8 [pages, page_bytes]"""
+        return self.slots[0].slab.narrow(0, self.slots[0].row, len(self.slots))
+
+    def on_host(self, arena: Any) -> Tensor:
+        """uint8 [pages, page_bytes]"""
+        return arena.pages.narrow(0, self.first, len(self.slots))
 
 
 @dataclass
@@ -193,8 +187,7 @@ class CudaPager:
             for page, entry in zip(group, entries, strict=True):
                 entry.dirty |= write
                 self._table.move_to_end(page)
-                if self._copies is not None:
-                    entry.slot.used.record(compute)
+            self._mark_used(entries, compute)
             done.extend(group)
             self._exchange(done, missing)
 
@@ -213,8 +206,7 @@ class CudaPager:
         compute = cuda.current_stream(self._device)
         if self._copies is None:
             self._start_paging()
-            for entry in self._table.values():
-                entry.slot.used.record(compute)
+            self._mark_used(list(self._table.values()), compute)
         assert self._copies is not None
         leaving = {id(slot) for slab in given for slot in slab}
         self._evict([page for page, entry in self._table.items() if id(entry.slot) in leaving])
@@ -233,7 +225,7 @@ class CudaPager:
 
     def _slab(self, pages: int) -> list[_Slot]:
         memory = torch.zeros(pages, self.page_bytes, dtype=torch.uint8, device=self._device)
-        return [_Slot(page, cuda.Event(), cuda.Event(), cuda.Event()) for page in memory]
+        return [_Slot(memory, row) for row in range(pages)]
 
     def _start_paging(self) -> None:
         arena = PinnedArena(self.num_pages, self.page_bytes)
@@ -255,53 +247,101 @@ class CudaPager:
     def _evict(self, pages: list[int]) -> list[_Slot]:
         """Send pages to the host, but not those that have not changed; their slots, to be filled again."""
         assert self._copies is not None
-        outward, slots = self._copies.outward, []
+        outward, waits = self._copies.outward, _Waits(self._copies.outward)
+        entries = {page: self._table.pop(page) for page in pages}
+        for entry in entries.values():
+            # Where nobody used it since it arrived: what follows is in the stream of its arrival.
+            entry.slot.vacant = entry.used if entry.arrival is None else None
+        dirty = {page: entry.slot for page, entry in entries.items() if entry.dirty}
         with cuda.stream(outward):
-            for page in pages:
-                entry = self._table.pop(page)
-                slot = entry.slot
-                slots.append(slot)
-                if entry.dirty:
-                    outward.wait_event(slot.used)
-                    _copy(self._copies.arena.pages[page], slot.memory)
-                    slot.left.record(outward)
-                    slot.vacant = slot.left
+            for run in self._runs(list(dirty), list(dirty.values())):
+                for page in range(run.first, run.first + len(run.slots)):
+                    waits.wait(entries[page].used)
                     self._stored.add(page)
-                    self._stats.bytes_out += self.page_bytes
-                else:
-                    # Where nobody used it since it arrived: what follows is in the stream of its arrival.
-                    slot.vacant = None if entry.is_arriving else slot.used
-        return slots
+                _copy(run.on_host(self._copies.arena), run.on_device())
+                left = cuda.Event()
+                left.record(outward)
+                for slot in run.slots:
+                    slot.vacant = left
+                self._stats.bytes_out += len(run.slots) * self.page_bytes
+        return [entry.slot for entry in entries.values()]
 
     def _fill(self, pages: list[int], slots: list[_Slot]) -> None:
         """Bring pages into slots that are vacant, or will be."""
         assert self._copies is not None
-        inward = self._copies.inward
+        inward, waits = self._copies.inward, _Waits(self._copies.inward)
+        slots = sorted(slots, key=lambda slot: (slot.slab.data_ptr(), slot.row))
+        by_page = dict(zip(sorted(pages), slots, strict=True))
         with cuda.stream(inward):
-            for page, slot in zip(pages, slots, strict=True):
-                if slot.vacant is not None:
-                    inward.wait_event(slot.vacant)
-                if page in self._stored:
-                    # It left before the slot that it left was filled, by an earlier copy in this stream.
-                    _copy(slot.memory, self._copies.arena.pages[page])
-                    self._stats.bytes_in += self.page_bytes
+            for run in self._runs(pages, [by_page[page] for page in pages], self._stored.__contains__):
+                for slot in run.slots:
+                    waits.wait(slot.vacant)
+                if run.first in self._stored:
+                    # They left before the slots that they left were filled, by earlier copies in this stream.
+                    _copy(run.on_device(), run.on_host(self._copies.arena))
+                    self._stats.bytes_in += len(run.slots) * self.page_bytes
                 else:
-                    _clear(slot.memory)
-                slot.arrival.record(inward)
-                self._table[page] = _Resident(slot, is_arriving=True)
+                    _clear(run.on_device())
+                arrival = cuda.Event()
+                arrival.record(inward)
+                for page, slot in enumerate(run.slots, run.first):
+                    self._table[page] = _Resident(slot, arrival=arrival)
+
+    def _runs(
+        self, pages: list[int], slots: list[_Slot], kind: Callable[[int], object] = lambda page: None
+    ) -> list[_Run]:
+        """Pages of one kind that are neighbours, in slots that are too: few runs, of bounded size.
+
+        They come in the order of `pages`, where that is up or down.
+        """
+        runs: list[_Run] = []
+        most = max(1, MOST_COPY_BYTES // self.page_bytes)
+        for page, slot in sorted(zip(pages, slots, strict=True), key=lambda pair: pair[0]):
+            if runs:
+                run = runs[-1]
+                before, length = run.slots[-1], len(run.slots)
+                follows = before.slab is slot.slab and before.row + 1 == slot.row
+                is_next = run.first + length == page and kind(page) == kind(run.first)
+                if follows and is_next and length < most:
+                    run.slots.append(slot)
+                    continue
+            runs.append(_Run(page, [slot]))
+        return runs[::-1] if pages and pages[0] > pages[-1] else runs
+
+    def _mark_used(self, entries: list[_Resident], compute: cuda.Stream) -> None:
+        """The caller's work on these pages so far is what must end before they leave."""
+        if self._copies is not None:
+            used = cuda.Event()
+            used.record(compute)
+            for entry in entries:
+                entry.used = used
 
     def _await_arrival(self, entries: list[_Resident], compute: cuda.Stream) -> None:
         """Let the caller's stream wait for pages that are on their way, and note how long it does."""
-        arriving = [entry for entry in entries if entry.is_arriving]
+        arriving = [entry for entry in entries if entry.arrival is not None]
         if not arriving:
             return
         begin, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
         begin.record(compute)
+        waits = _Waits(compute)
         for entry in arriving:
-            compute.wait_event(entry.slot.arrival)
-            entry.is_arriving = False
+            waits.wait(entry.arrival)
+            entry.arrival = None
         end.record(compute)
         self._stalls.append((begin, end))
+
+
+class _Waits:
+    """Lets a stream wait for events, once for those that come several times in a row."""
+
+    def __init__(self, stream: cuda.Stream) -> None:
+        self._stream = stream
+        self._last: cuda.Event | None = None
+
+    def wait(self, event: cuda.Event | None) -> None:
+        if event is not None and event is not self._last:
+            self._stream.wait_event(event)
+            self._last = event
 
 
 def _copy(target: Tensor, source: Tensor) -> None:

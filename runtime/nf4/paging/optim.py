@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from .cuda_pager import CudaPager
 
 STATE_BYTES = 8  # of one element: two fp32 moments
-DEFAULT_PAGE_BYTES = 4 << 20  # large enough for full disk and PCIe speed, small enough for a tight budget
+# Large enough for the full speed of a disk, and of a GPU's link; small enough for a tight budget.
+DEFAULT_PAGE_BYTES = {"cpu": 4 << 20, "cuda": 8 << 20}
 MOMENTS = ("exp_avg", "exp_avg_sq")  # in the order of a page's rows; torch's names
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -53,7 +54,8 @@ class PagedAdamW(Optimizer):
         params: parameters or parameter groups, contiguous, all on one device. Gradients have the
             parameter's type.
         lr, betas, eps, weight_decay: as torch.optim.AdamW; each may differ by group.
-        page_bytes: bytes in a page, a multiple of 8.
+        page_bytes: bytes in a page, a multiple of 8. None: 4 MiB on a CPU, 8 MiB on a GPU, and at most a
+            quarter of the budget: one page in use, one arriving, the rest worth finding again.
         budget_bytes: the most state kept in memory, or on the GPU; None keeps all of it there.
         backing: path of the page file; None takes a temporary one. Not for parameters on a GPU.
         loss_scale: travels with the state; `nf4.training.step.train_step` uses it, `step` does not.
@@ -71,7 +73,7 @@ class PagedAdamW(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         *,
-        page_bytes: int = DEFAULT_PAGE_BYTES,
+        page_bytes: int | None = None,
         budget_bytes: int | None = None,
         backing: str | os.PathLike[str] | None = None,
         loss_scale: LossScale | None = None,
@@ -79,7 +81,7 @@ class PagedAdamW(Optimizer):
         given: list[Any] = list(params)
         if not given:
             raise TrainError("", "nothing to train: the optimizer got no parameters")
-        if page_bytes < STATE_BYTES or page_bytes % STATE_BYTES:
+        if page_bytes is not None and (page_bytes < STATE_BYTES or page_bytes % STATE_BYTES):
             raise TrainError("", "bad page size", expected=f"a multiple of {STATE_BYTES}", got=page_bytes)
         self._pager: Pager | CudaPager | None = None
         super().__init__(given, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
@@ -96,6 +98,8 @@ class PagedAdamW(Optimizer):
                     expected=f"contiguous float32 or bfloat16 on {device}",
                     got=f"{p.dtype} on {p.device}, strides {tuple(p.stride())}",
                 )
+        if page_bytes is None:
+            page_bytes = _page_bytes(device, budget_bytes)
         self.loss_scale = loss_scale
         self._steps = [0] * len(self._params)  # updates that each parameter has had
         self._page_elements = page_bytes // STATE_BYTES
@@ -408,6 +412,11 @@ def _cut(sizes: list[int], page_elements: int) -> list[list[Piece]]:
             at += stop - start
             start = stop
     return pages
+
+
+def _page_bytes(device: torch.device, budget: int | None) -> int:
+    most = DEFAULT_PAGE_BYTES[device.type]
+    return most if budget is None else max(STATE_BYTES, min(most, budget // 4 // STATE_BYTES * STATE_BYTES))
 
 
 def _check_settings(group: dict[str, Any]) -> None:

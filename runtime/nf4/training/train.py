@@ -22,7 +22,7 @@ from ..data.split import split_dataset
 from ..errors import TrainError
 from ..lora import LoraConfig, add_lora
 from ..model.decoder import CausalLM
-from ..paging.optim import DEFAULT_PAGE_BYTES, PagedAdamW
+from ..paging.optim import PagedAdamW
 from .determinism import deterministic
 from .loss import labelled_positions, loss_sum
 from .loss_scale import LossScale
@@ -122,7 +122,6 @@ def train(
         lr=options.lr,
         betas=options.betas,
         weight_decay=options.weight_decay,
-        page_bytes=_page_bytes(options.page_budget),
         budget_bytes=options.page_budget,
         backing=options.page_file,
         loss_scale=LossScale() if model.dtype == torch.float16 else None,
@@ -313,8 +312,3 @@ def _set_up(model: CausalLM, options: TrainOptions | None) -> None:
         options.checkpointing or options.offload_checkpoints
     )
     model.capture_graphs = options is not None
-
-
-def _page_bytes(budget: int | None) -> int:
-    """At least four pages in a small budget: one in use, one arriving, the rest worth finding again."""
-    return DEFAULT_PAGE_BYTES if budget is None else max(8, min(DEFAULT_PAGE_BYTES, budget // 4 // 8 * 8))
