@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -188,15 +186,6 @@ def test_learning_rate_scheduler_drives_it() -> None:
             optimizer.step()
             scheduler.step()
     expect_equal(params, theirs)
-
-
-def test_page_file_goes_with_the_optimizer(tmp_path: Path) -> None:
-    path = tmp_path / "pages"
-    optimizer = PagedAdamW(make_parameters(), page_bytes=800, budget_bytes=800, backing=path)
-    assert path.exists()
-    del optimizer
-    gc.collect()
-    assert not path.exists()
 
 
 def test_what_cannot_be_optimized_is_told() -> None:

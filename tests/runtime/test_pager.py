@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import gc
 import os
+import tempfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nf4.errors import TrainError
-from nf4.paging.pager import FileStore, Pager
+from nf4.paging.pager import Pager
+from nf4.paging.stores import FileStore, MemoryStore
 
 PAGE = 64
 
@@ -94,22 +97,46 @@ def test_no_budget_needs_no_file(tmp_path: Path) -> None:
         pager.close()
 
 
-def test_named_page_file_is_reserved_then_removed_on_close_and_when_collected(tmp_path: Path) -> None:
+def open_files() -> list[str]:
+    """What the descriptors of this process stand for."""
+    return [str(link.readlink()) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="no list of open files on this system")
+@pytest.mark.parametrize("where", ["pages", ".", None])
+def test_page_file_is_reserved_nameless_and_gone_when_closed_or_collected(
+    where: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for ends in ("closed", "collected"):
+        pager = Pager(8, PAGE, budget_bytes=PAGE, backing=where and tmp_path / where)
+        fill(pager, 0, 7)
+        assert read(pager, 1) == 0
+        assert read(pager, 0) == 7
+        mine = [name for name in open_files() if name.startswith(str(tmp_path))]
+        assert len(mine) == 1
+        assert mine[0].endswith(" (deleted)")  # so a process killed leaves nothing either
+        assert list(tmp_path.iterdir()) == []
+        assert pager._store is not None
+        assert os.fstat(pager._store._fd).st_size == 8 * PAGE
+        assert os.fstat(pager._store._fd).st_blocks > 0
+        if ends == "closed":
+            pager.close()
+            pager.close()
+        del pager
+        gc.collect()
+        assert not [name for name in open_files() if name.startswith(str(tmp_path))]
+
+
+def test_file_that_exists_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "pages"
-    pager = Pager(8, PAGE, budget_bytes=PAGE, backing=path)
-    assert path.stat().st_size == 8 * PAGE
-    with pytest.raises(TrainError, match=r"pages: page file exists; remove it"):
+    path.write_text("mine")
+    with pytest.raises(TrainError, match=r"pages: page file exists; name a folder, or a file that does not"):
         Pager(8, PAGE, budget_bytes=PAGE, backing=path)
-    pager.close()
-    pager.close()
-    assert not path.exists()
-    pager = Pager(8, PAGE, budget_bytes=PAGE, backing=path)
-    descriptors = len(list(Path("/proc/self/fd").iterdir())) if Path("/proc/self/fd").is_dir() else 0
-    del pager
-    gc.collect()
-    assert not path.exists()
-    if descriptors:
-        assert len(list(Path("/proc/self/fd").iterdir())) == descriptors - 1
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(TrainError, match="page file exists"):
+        Pager(8, PAGE, budget_bytes=PAGE, backing=tmp_path / "link")
+    assert path.read_text() == "mine"
 
 
 def test_bad_settings_and_places_are_told(tmp_path: Path) -> None:
@@ -132,23 +159,112 @@ def test_full_disk_at_the_start_leaves_no_file(tmp_path: Path, monkeypatch: pyte
 
 
 def test_failed_write_and_short_file_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "pages"
-    pager = Pager(3, PAGE, budget_bytes=PAGE, backing=path)
+    pager = Pager(3, PAGE, budget_bytes=PAGE, backing=tmp_path / "pages")
     fill(pager, 0, 1)
     read(pager, 1)  # stores page 0
-    os.truncate(path, 10)
-    with pytest.raises(TrainError, match="page 0 is cut short, expected 64 bytes, got 10"):
-        read(pager, 0)
-    with pytest.raises(TrainError, match="page 0 is cut short"):  # the page stays lost
-        read(pager, 0)
+    assert isinstance(pager._store, FileStore)
+    os.ftruncate(pager._store._fd, 10)
+    for _ in range(2):  # the page stays lost
+        with pytest.raises(TrainError, match="page 0 is cut short, expected 64 bytes, got 10; resume from"):
+            read(pager, 0)
 
     def full(fd: int, data: object, offset: int) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     fill(pager, 2, 3)
-    monkeypatch.setattr(os, "pwrite", full)
-    with pytest.raises(TrainError, match=r"cannot write page 2: No space left on device; free some space"):
-        read(pager, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        with pytest.raises(
+            TrainError, match=r"cannot write page 2: No space left on device; free some space"
+        ):
+            read(pager, 1)
+    with pytest.raises(TrainError, match=r"pages: page 2 is lost: it could not be written; resume from the"):
+        read(pager, 2)
+    pager.close()
+
+
+@pytest.mark.parametrize("what", ["a bit", "a sector of zeros", "another page", "an older version"])
+def test_page_that_the_disk_lost_or_tore_is_told(what: str, tmp_path: Path) -> None:
+    size = 4096
+    store = FileStore(3, size, tmp_path / "pages")
+    generator = torch.Generator().manual_seed(3)
+    pages = [torch.randint(0, 256, (size,), dtype=torch.uint8, generator=generator) for _ in range(3)]
+    for k, page in enumerate(pages):
+        store.write(k, page)
+    back = torch.empty_like(pages[1])
+    store.read(1, back)
+    assert torch.equal(back, pages[1])
+    if what == "a bit":
+        os.pwrite(store._fd, bytes([int(pages[1][777]) ^ 4]), size + 777)
+    elif what == "a sector of zeros":
+        os.pwrite(store._fd, bytes(512), size + 1024)
+    elif what == "another page":
+        os.pwrite(store._fd, pages[2].numpy().tobytes(), size)
+    else:
+        store.write(1, pages[1] + 1)
+        os.pwrite(store._fd, pages[1].numpy().tobytes(), size)
+    with pytest.raises(
+        TrainError,
+        match=r"pages: page 1 came back from the disk damaged, expected XXH3 [0-9a-f]{16}, got [0-9a-f]{16}; "
+        r"resume from the last checkpoint, with the page file on another disk",
+    ):
+        store.read(1, back)
+    store.read(2, back)
+    assert torch.equal(back, pages[2])
+    store.write(1, pages[0])
+    store.read(1, back)
+    assert torch.equal(back, pages[0])
+    store.close()
+
+
+def test_memory_may_stand_behind_the_pool() -> None:
+    pager = Pager(5, PAGE, budget_bytes=2 * PAGE, store=MemoryStore(5, PAGE))
+    for index in range(5):
+        fill(pager, index, index + 1)
+    assert [read(pager, index) for index in range(5)] == [1, 2, 3, 4, 5]
+    assert pager.capacity_bytes == 2 * PAGE
+    pager.close()
+
+
+def test_too_little_memory_is_told() -> None:
+    with pytest.raises(TrainError, match=r"no room for optimizer state, expected .* set a page budget"):
+        Pager(1 << 30, 1 << 30)
+    with pytest.raises(TrainError, match=r"no memory for .* bytes of pages; keep pages in a file"):
+        MemoryStore(1 << 30, 1 << 30)
+
+
+class SlowStore(MemoryStore):
+    """Reads wait until the test lets them go."""
+
+    def __init__(self, num_pages: int, page_bytes: int) -> None:
+        super().__init__(num_pages, page_bytes)
+        self.reads: list[int] = []
+        self.may_read = threading.Semaphore(0)
+
+    def read(self, page: int, into: torch.Tensor) -> None:
+        assert self.may_read.acquire(timeout=10)
+        self.reads.append(page)
+        super().read(page, into)
+
+
+def test_sweep_fetches_pages_in_its_order_while_one_is_in_use() -> None:
+    store = SlowStore(8, PAGE)
+    pager = Pager(8, PAGE, budget_bytes=4 * PAGE, store=store)
+    for _ in pager.sweep(range(8)):  # zeros at first: nothing is read
+        pass
+    resident = 0
+    for [(index, page)] in pager.sweep(range(7, -1, -1)):
+        resident = max(resident, pager.resident_bytes)
+        assert int(page[0]) == 0
+        if index == 5:
+            # Page 3 is two ahead: its transfer began, the caller did not wait for it, and 4 stayed.
+            assert store.reads == []
+            assert pager.stats.stall_seconds < 5
+            for _ in range(4):
+                store.may_read.release()
+    assert store.reads == [3, 2, 1, 0]
+    assert pager.stats.misses == 1  # the very first page; all others were there or on their way
+    assert resident == 4 * PAGE
     pager.close()
 
 

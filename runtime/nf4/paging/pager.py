@@ -12,15 +12,14 @@ that is not pinned leaves its slot: written to the store if it changed, then the
 `prefetch` overlaps them with the caller's arithmetic and a page evicted and wanted again at once is
 read after it was written. With no budget every page has a slot, and there is no store and no thread.
 
-What lies behind the pool is any `PageStore`; here that is a file. State on a GPU has a pager of its own,
-`nf4.paging.cuda_pager`, because there streams and events do what the worker thread does here.
+What lies behind the pool is any `PageStore` (`nf4.paging.stores`), a file unless said otherwise. State
+on a GPU has a pager of its own, `nf4.paging.cuda_pager`, because there streams and events do what the
+worker thread does here.
 """
 
 from __future__ import annotations
 
-import errno
 import os
-import tempfile
 import time
 import weakref
 from collections import OrderedDict
@@ -28,98 +27,14 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..errors import TrainError
+from .stores import FileStore, PageStore
 
-
-class PageStore(Protocol):
-    """Memory behind the pool: room for every page; called from one thread at a time."""
-
-    def read(self, page: int, into: Tensor) -> None:
-        """Fill `into` (uint8 [page_bytes]) with a page that was written before."""
-
-    def write(self, page: int, source: Tensor) -> None:
-        """Keep `source` (uint8 [page_bytes]) as the content of the page."""
-
-    def close(self) -> None:
-        """Give the memory back; more calls do nothing."""
-
-
-class FileStore:
-    """Pages in a file that nobody else sees: a nameless temporary file, or a new file at `path`.
-
-    The whole size is reserved at the start where the file system can, so that a disk without room
-    shows before the first step. The file is removed on `close` and when the store is collected.
-
-    Raises:
-        TrainError: the file exists, cannot be made, or the disk has no room for it.
-    """
-
-    def __init__(self, num_pages: int, page_bytes: int, path: str | os.PathLike[str] | None = None) -> None:
-        self.page_bytes = page_bytes
-        self.name = str(path) if path is not None else f"temporary file in {tempfile.gettempdir()}"
-        try:
-            if path is None:
-                with tempfile.TemporaryFile(buffering=0) as file:
-                    self._fd = os.dup(file.fileno())
-            else:
-                flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-                self._fd = os.open(path, flags, 0o600)
-        except FileExistsError:
-            raise TrainError(
-                self.name, "page file exists", remedy="remove it if no other run uses it, or name another"
-            ) from None
-        except OSError as error:
-            raise self._failure("cannot create page file", error) from None
-        self._finalizer = weakref.finalize(self, _remove, self._fd, None if path is None else Path(path))
-        try:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(self._fd, 0, num_pages * page_bytes)
-        except OSError as error:
-            self.close()
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-                raise self._failure(f"cannot reserve {num_pages * page_bytes} bytes", error) from None
-
-    def read(self, page: int, into: Tensor) -> None:
-        view = into.numpy().data
-        done = 0
-        while done < self.page_bytes:
-            try:
-                count = os.preadv(self._fd, [view[done:]], page * self.page_bytes + done)
-            except OSError as error:
-                raise self._failure(f"cannot read page {page}", error) from error
-            if count == 0:
-                raise TrainError(
-                    self.name, f"page {page} is cut short", expected=f"{self.page_bytes} bytes", got=done
-                )
-            done += count
-
-    def write(self, page: int, source: Tensor) -> None:
-        view = source.numpy().data
-        done = 0
-        while done < self.page_bytes:
-            try:
-                done += os.pwrite(self._fd, view[done:], page * self.page_bytes + done)
-            except OSError as error:
-                raise self._failure(f"cannot write page {page}", error) from error
-
-    def close(self) -> None:
-        self._finalizer()
-
-    def _failure(self, problem: str, error: OSError) -> TrainError:
-        remedy = "free some space or raise the page budget" if error.errno == errno.ENOSPC else None
-        return TrainError(self.name, f"{problem}: {error.strerror or error}", remedy=remedy)
-
-
-def _remove(fd: int, path: Path | None) -> None:
-    os.close(fd)
-    if path is not None:
-        path.unlink(missing_ok=True)
+PAGES_AHEAD = 2  # arriving while a page is in use: a transfer that takes long is made up for by a short one
 
 
 @dataclass
@@ -169,11 +84,12 @@ class Pager:
         num_pages: how many pages there are.
         page_bytes: bytes in a page.
         budget_bytes: the most the pool may hold; None keeps every page resident.
-        backing: path of the file behind the pool (see `FileStore`); None takes a temporary file.
+        backing: where the file behind the pool is (see `FileStore`); None takes a temporary file.
         store: memory behind the pool, instead of a file; closed with the pager.
 
     Raises:
-        TrainError: the budget is smaller than one page, or the file cannot be made.
+        TrainError: the budget is smaller than one page, there is no memory for the pool, or the file cannot
+            be made.
     """
 
     def __init__(
@@ -189,7 +105,12 @@ class Pager:
         self.num_pages = num_pages
         self.page_bytes = page_bytes
         self.stats = PagerStats()
-        self._pool = torch.zeros(slots, page_bytes, dtype=torch.uint8)
+        try:
+            self._pool = torch.zeros(slots, page_bytes, dtype=torch.uint8)
+        except RuntimeError:
+            wanted = f"{slots * page_bytes} bytes of memory"
+            remedy = "set a page budget, or lower it"
+            raise TrainError("", "no room for optimizer state", expected=wanted, remedy=remedy) from None
         self._free = list(range(slots))
         self._table: OrderedDict[int, _Resident] = OrderedDict()  # least recently used first
         self._stored: set[int] = set()
@@ -243,11 +164,13 @@ class Pager:
 
     def prefetch(self, index: int) -> None:
         """Start bringing a page in, without waiting; does nothing where every slot is pinned."""
-        if index not in self._table:
+        if index in self._table:
+            self._table.move_to_end(index)  # it stays until it is used
+        else:
             self._admit(index)
 
     def sweep(self, order: Sequence[int], *, write: bool = True) -> Iterator[list[tuple[int, Tensor]]]:
-        """The pages in this order, one at a time, while the next one arrives: [(number, uint8 [page_bytes])].
+        """The pages in this order, one at a time, while the next arrive: [(number, uint8 [page_bytes])].
 
         Args:
             order: page numbers.
@@ -256,10 +179,11 @@ class Pager:
         Raises:
             TrainError: the store failed.
         """
+        ahead = min(PAGES_AHEAD, self._pool.shape[0] - 1)
         for position, index in enumerate(order):
             with self.page(index, write=write) as page:
-                if position + 1 < len(order):
-                    self.prefetch(order[position + 1])
+                for coming in order[position + 1 : position + 1 + ahead]:
+                    self.prefetch(coming)
                 yield [(index, page)]
 
     def close(self) -> None:
