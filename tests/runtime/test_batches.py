@@ -1,40 +1,18 @@
-"""Examples -> batches: order, padding, labels; and what is held out for evaluation."""
+"""Examples -> tensors: padding, packed rows, labels."""
 
 from __future__ import annotations
 
 import itertools
 
 import numpy as np
-import pytest
 import torch
 
-from nf4.data.batches import IGNORED, example_order, make_batch
-from nf4.data.dataset import Dataset, Example, ListDataset
-from nf4.data.split import split_dataset
-from nf4.errors import TrainError
+from nf4.data.batches import IGNORED, example_order, make_batch, pack_batch
+from nf4.data.dataset import Example
 
 
 def example(ids: list[int], first_label: int = 1) -> Example:
     return Example(np.array(ids, dtype=np.int32), np.arange(len(ids)) >= first_label)
-
-
-def numbered(count: int) -> Dataset:
-    return ListDataset([example([1, 10 + i]) for i in range(count)])
-
-
-def test_split_is_given_by_the_seed_and_loses_nothing() -> None:
-    def ids(dataset: Dataset) -> list[int]:
-        return [int(example.ids[1]) for example in dataset]
-
-    train, held = split_dataset(numbered(50), 0.1, seed=3)
-    assert len(ids(held)) == 5
-    assert sorted(ids(train) + ids(held)) == list(range(10, 60))
-    assert ids(split_dataset(numbered(50), 0.1, seed=3)[1]) == ids(held)
-    assert ids(split_dataset(numbered(50), 0.1, seed=4)[1]) != ids(held)
-    assert len(split_dataset(numbered(2), 0.01, seed=0)[1]) == 1
-    for count, fraction in ((1, 0.5), (10, 0.99), (10, 0.0), (10, 1.0)):
-        with pytest.raises(TrainError, match="cannot hold out"):
-            split_dataset(numbered(count), fraction, seed=0)
 
 
 def test_order_is_a_permutation_an_epoch_and_given_by_the_seed() -> None:
@@ -62,3 +40,29 @@ def test_labels_may_stand_anywhere() -> None:
     ids = np.array([1, 5, 6, 7, 8], dtype=np.int32)
     batch = make_batch([Example(ids, np.array([False, True, False, False, True]))])
     assert batch.labels.tolist() == [[IGNORED, 5, IGNORED, IGNORED, 8]]
+
+
+def test_packed_examples_stand_end_to_end_in_one_row() -> None:
+    examples = [example([1, 5, 6, 7], first_label=2), example([1, 8]), example([1, 9, 4])]
+    batch = pack_batch(examples, [7, 3, 5])
+    assert batch.input_ids.tolist() == [[1, 5, 6, 7, 1, 8, 1, 9, 4]]
+    i = IGNORED
+    assert batch.labels.tolist() == [[i, i, 6, 7, i, 8, i, 9, 4]]
+    assert batch.input_ids.dtype == batch.labels.dtype == torch.int64
+    assert batch.attention_mask is None
+    assert batch.segments is not None
+    assert batch.segments.bounds.tolist() == [0, 4, 6, 9]
+    assert (batch.segments.longest, batch.segments.tokens) == (4, 9)
+    assert batch.segments.positions().tolist() == [[0, 1, 2, 3, 0, 1, 0, 1, 2]]
+    assert (batch.num_tokens, batch.num_labels, batch.examples) == (9, 5, [7, 3, 5])
+
+
+def test_a_batch_moves_with_everything_it_holds() -> None:
+    examples = [example([1, 5, 6]), example([1, 8])]
+    packed = pack_batch(examples, [1, 0]).to(torch.device("meta"))
+    padded = make_batch(examples, [1, 0]).to(torch.device("meta"))
+    assert packed.segments is not None
+    assert padded.attention_mask is not None
+    moved = [packed.input_ids, packed.labels, packed.segments.bounds, padded.attention_mask, padded.labels]
+    assert {tensor.device.type for tensor in moved} == {"meta"}
+    assert packed.examples == padded.examples == [1, 0]

@@ -105,3 +105,18 @@ def test_unusable_tokenizers(tokenizer_json):
     for data in (b"{", b"\xff", broken):
         with pytest.raises(LoadError, match="x: not a usable tokenizer: "):
             Tokenizer(data, name="x")
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "byte_fallback"])
+def test_pieces_are_the_text_of_each_token_and_special_ones_show(tokenizer_json, byte_fallback_json, kind):
+    tokenizer = Tokenizer(tokenizer_json if kind == "byte_level" else byte_fallback_json)
+    ids = [1, *tokenizer.encode("the cat sat", special=False), 2]
+    pieces = tokenizer.pieces(ids)
+    assert len(pieces) == len(ids)
+    assert (pieces[0], pieces[-1]) == ("<s>", "</s>")
+    assert "".join(pieces[1:-1]).strip() == "the cat sat"
+
+
+def test_pieces_of_a_character_show_as_the_vocabulary_has_them(byte_fallback_json):
+    tokenizer = Tokenizer(byte_fallback_json)
+    assert tokenizer.pieces(tokenizer.encode("日", special=False)) == ["▁", "<0xE6>", "<0x97>", "日"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -92,6 +92,14 @@ class Dataset(ABC):
         """Tokens that carry loss."""
         return int(self.label_counts.sum(dtype=np.int64))
 
+    def place(self, index: int) -> str:
+        """Where an example is from, for people: its file, and which of the file's examples it is, from 1."""
+        for file in self.report.files:
+            if index < file.examples:
+                return f"{file.path}, example {index + 1}"
+            index -= file.examples
+        return f"example {index + 1}"
+
 
 class ListDataset(Dataset):
     """Examples in memory."""
@@ -107,16 +115,57 @@ class ListDataset(Dataset):
 
 
 class Subset(Dataset):
-    """Some examples of another dataset, by their indices there."""
+    """Some examples of another dataset, by their ascending indices there.
 
-    def __init__(self, dataset: Dataset, indices: np.ndarray, report: DataReport | None = None) -> None:
+    Its report counts these examples, and those rows, cut and left out ones, of the files as a whole.
+    """
+
+    def __init__(self, dataset: Dataset, indices: np.ndarray) -> None:
         self._dataset, self._indices = dataset, indices
         self.lengths = dataset.lengths[indices]
         self.label_counts = dataset.label_counts[indices]
-        self.report = DataReport() if report is None else report
+        files, first = [], 0
+        for file in dataset.report.files:
+            here = slice(*np.searchsorted(indices, (first, first + file.examples)))
+            tokens, labelled = (int(n[here].sum(dtype=np.int64)) for n in (self.lengths, self.label_counts))
+            counts = {"examples": here.stop - here.start, "tokens": tokens, "labelled": labelled}
+            files.append(replace(file, **counts))
+            first += file.examples
+        self.report = DataReport(tuple(files))
 
     def __getitem__(self, index: int) -> Example:
         return self._dataset[int(self._indices[index])]
+
+    def place(self, index: int) -> str:
+        return self._dataset.place(int(self._indices[index]))
+
+
+class Concatenation(Dataset):
+    """The examples of several datasets, one dataset behind the other.
+
+    starts: int64 [datasets + 1], the index of each one's first example, and of the end.
+    """
+
+    def __init__(self, datasets: Sequence[Dataset]) -> None:
+        self._datasets = datasets
+        self.starts = np.cumsum([0, *map(len, datasets)])
+        self.lengths = np.concatenate([dataset.lengths for dataset in datasets])
+        self.label_counts = np.concatenate([dataset.label_counts for dataset in datasets])
+        self.report = DataReport(tuple(file for dataset in datasets for file in dataset.report.files))
+
+    def __getitem__(self, index: int) -> Example:
+        dataset, own = self._find(index)
+        return dataset[own]
+
+    def place(self, index: int) -> str:
+        dataset, own = self._find(index)
+        return dataset.place(own)
+
+    def _find(self, index: int) -> tuple[Dataset, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        at = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return self._datasets[at], index - int(self.starts[at])
 
 
 class Source(NamedTuple):

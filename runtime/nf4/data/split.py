@@ -2,29 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from ..errors import TrainError
-from .dataset import Dataset, Subset
+from .dataset import Concatenation, Dataset, Source, Subset
+from .order import Stream, generator
 
-_SPLIT_STREAM = 1  # keeps random streams of one seed apart
 
+def split(sources: Sequence[Source], fraction: float, seed: int) -> tuple[list[Source], Dataset]:
+    """Take a fraction of the examples, chosen by the seed, out: (sources to train on, what to evaluate on).
 
-def split_dataset(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
-    """Take a fraction of the examples, chosen by the seed, out for evaluation: (train, eval).
+    Each source gives the same share of its examples, whatever its weight, and keeps at least one.
 
     Raises:
         TrainError: one side would be empty.
     """
-    count = len(dataset)
-    held_out = max(1, round(count * fraction))
-    if not 0 < fraction < 1 or held_out >= count:
+    sizes = [len(source.dataset) for source in sources]
+    count = sum(sizes)
+    held_out = max(1, round(count * fraction)) if 0 < fraction < 1 else 0
+    # Rounded along the running sum, so that shares add up.
+    borders = [round(held_out * part / count) if count else 0 for part in np.cumsum([0, *sizes]).tolist()]
+    shares = [
+        min(border - before, max(size - 1, 0))
+        for size, before, border in zip(sizes, borders, borders[1:], strict=False)
+    ]
+    if not 0 < sum(shares) < count or held_out >= count:
         raise TrainError(
             "",
             f"cannot hold out a fraction of {fraction} of {count} examples",
-            expected="at least one example on either side",
+            expected="at least one example on either side, and one of each source to train on",
             remedy="give more data or a separate evaluation file",
         )
-    is_held = np.zeros(count, dtype=bool)
-    is_held[np.random.default_rng([seed, _SPLIT_STREAM]).permutation(count)[:held_out]] = True
-    return Subset(dataset, np.flatnonzero(~is_held), dataset.report), Subset(dataset, np.flatnonzero(is_held))
+    kept, held = [], []
+    for number, (source, share) in enumerate(zip(sources, shares, strict=True)):
+        is_held = np.zeros(len(source.dataset), dtype=bool)
+        order = generator(seed, Stream.SPLIT, number).permutation(len(is_held))
+        is_held[order[:share]] = True
+        kept.append(Source(Subset(source.dataset, np.flatnonzero(~is_held)), source.weight))
+        if share:
+            held.append(Subset(source.dataset, np.flatnonzero(is_held)))
+    return kept, held[0] if len(held) == 1 else Concatenation(held)

@@ -84,10 +84,14 @@ def attend(q_BNTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, seen: Seen) -> Tensor
 
 def takes_segments(x: Tensor, head_size: int) -> bool:
     """Whether attention in x's dtype on its device goes document by document; elsewhere a mask does it."""
-    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and head_size % 8 == 0
+    return not x.is_cuda or (x.dtype in (torch.bfloat16, torch.float16) and head_size % 8 == 0)
 
 
 def _attend_packed(q_1NTD: Tensor, k_1GTD: Tensor, v_1GTD: Tensor, segments: Segments) -> Tensor:
+    if not q_1NTD.is_cuda:
+        lengths = segments.bounds.diff().tolist()
+        documents = zip(*(x.split(lengths, dim=2) for x in (q_1NTD, k_1GTD, v_1GTD)), strict=True)
+        return torch.cat([attend(q, k, v, None) for q, k, v in documents], dim=2)
     q, k, v = (x[0].transpose(0, 1) for x in (q_1NTD, k_1GTD, v_1GTD))
     bounds, longest = segments.bounds, segments.longest
     # The variable-length form of FlashAttention 2 (arXiv 2307.08691) that torch carries, with its gradient.

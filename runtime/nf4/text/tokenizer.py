@@ -77,9 +77,15 @@ class Tokenizer:
         """Token ids of a text; `special` adds the tokens that the tokenizer puts around one, such as BOS."""
         return self._backend.encode(text, add_special_tokens=special).ids
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, without special tokens."""
-        return self._backend.decode(list(ids), skip_special_tokens=True)
+    def decode(self, ids: Sequence[int], special: bool = False) -> str:
+        """The text of token ids, with or without special tokens."""
+        return self._backend.decode(list(ids), skip_special_tokens=not special)
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """What each token adds to the text, special ones too. A token that completes no character stands as
+        the vocabulary writes it."""
+        stream = TextStream(self, special=True)
+        return [stream.push(token) or self._backend.id_to_token(token) or "" for token in ids]
 
     def stream(self, prompt_ids: Sequence[int] = ()) -> TextStream:
         """A decoder for tokens that arrive one at a time after `prompt_ids`."""
@@ -100,8 +106,11 @@ class TextStream:
     the same earlier token, and bytes that are not yet a character are held back.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = ()) -> None:
-        self._tokenizer = tokenizer
+    def __init__(
+        self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = (), *, special: bool = False
+    ) -> None:
+        """special: with the text of special tokens."""
+        self._tokenizer, self._special = tokenizer, special
         self._ids = list(prompt_ids)[-_CONTEXT:]
         self._shown = len(self._ids)  # ids whose text has been given out
         self._begin = 0  # where both decodings begin
@@ -122,8 +131,8 @@ class TextStream:
         return text
 
     def _new_text(self) -> str:
-        before = self._tokenizer.decode(self._ids[self._begin : self._shown])
-        return self._tokenizer.decode(self._ids[self._begin :])[len(before) :]
+        before = self._tokenizer.decode(self._ids[self._begin : self._shown], self._special)
+        return self._tokenizer.decode(self._ids[self._begin :], self._special)[len(before) :]
 
 
 _CONTEXT = 8  # ids of the prompt that are enough to know whether the first word begins with a space

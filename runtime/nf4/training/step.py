@@ -140,9 +140,10 @@ def _forward_backward(model: CausalLM, optimizer: PagedAdamW, batches: Sequence[
     total = torch.zeros((), dtype=torch.float64, device=model.device)
     for number, batch in enumerate(batches, 1):
         moved = batch.to(model.device)
+        # Padding stands on the right, where no real token looks: no mask, whose look would wait for the GPU.
         # No name for the hidden states: they would stay through the backward pass.
         states, targets = labelled_positions(
-            model.hidden_states(moved.input_ids, moved.attention_mask), batch.labels
+            model.hidden_states(moved.input_ids, segments=moved.segments), batch.labels
         )
         loss = backward_loss(model.head, states, targets, model.config.vocab_size, scale=scale / labels)
         if not loss.is_cuda and not loss.isfinite():

@@ -16,9 +16,9 @@ from tqdm import tqdm
 
 from ..adapters import save_adapter
 from ..data.batches import Batch, example_order, make_batch
-from ..data.dataset import Dataset
+from ..data.dataset import Dataset, Source
 from ..data.reading import TextEncoder, load_dataset
-from ..data.split import split_dataset
+from ..data.split import split
 from ..errors import TrainError
 from ..lora import LoraConfig, add_lora
 from ..model.decoder import CausalLM
@@ -240,7 +240,8 @@ def load_data(
     if options.eval_data:
         evaluation = load_dataset(options.eval_data, tokenizer, options.seq_len)
     elif options.eval_fraction:
-        training, evaluation = split_dataset(training, options.eval_fraction, options.seed)
+        (kept,), evaluation = split([Source(training, 1.0)], options.eval_fraction, options.seed)
+        training = kept.dataset
     for name, dataset in (("training", training), ("evaluation", evaluation)):
         if dataset is not None:
             say(f"{name} data: {len(dataset):,} sequences, {dataset.num_labels:,} tokens with loss")
