@@ -364,9 +364,11 @@ def test_running_out_of_gpu_memory_pages_the_optimizer_and_changes_nothing(
         assert resident > 200 << 20
         real = model.hidden_states
 
-        def greedy(*arguments: Any, real: Any = real, wanted: int = resident // 2) -> torch.Tensor:
+        def greedy(
+            ids: torch.Tensor, real: Any = real, wanted: int = resident // 2, **named: Any
+        ) -> torch.Tensor:
             nonlocal errors
-            hidden = real(*arguments)
+            hidden = real(ids, **named)
             try:
                 torch.empty(wanted, dtype=torch.uint8, device="cuda")
             except torch.OutOfMemoryError:
