@@ -30,7 +30,7 @@ def shown_before(epoch: int, size: int, weight: float) -> int:
 
 
 def members(sizes: Sequence[int], weights: Sequence[float], seed: int, epoch: int) -> np.ndarray:
-    """Indices of the examples that an epoch shows, source after source, each as often as it is shown.
+    """Indices of the examples that an epoch shows, int32, source after source, each as often as it is shown.
 
     A source goes round its examples again and again, in an epoch by `weight` times their number, and takes
     those of a round that two epochs share in the order of a permutation of the round: so no example is shown
@@ -43,18 +43,15 @@ def members(sizes: Sequence[int], weights: Sequence[float], seed: int, epoch: in
         while at < stop:
             turn, begin = divmod(at, size)
             end = min(begin + stop - at, size)
-            part = np.arange(size)
+            part = np.arange(first, first + size, dtype=np.int32)
             if end - begin < size:
-                part = generator(seed, Stream.MEMBERS, source, turn).permutation(size)[begin:end]
-            chosen.append(part + first)
+                generator(seed, Stream.MEMBERS, source, turn).shuffle(part)
+            chosen.append(part[begin:end])
             at += end - begin
         first += size
-    return np.concatenate(chosen) if chosen else np.zeros(0, dtype=np.int64)
-
-
-def shuffled(indices: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-    """The same indices in the order of an epoch."""
-    return indices[generator(seed, Stream.ORDER, epoch).permutation(len(indices))]
+    if len(chosen) == 1:
+        return chosen[0]
+    return np.concatenate(chosen) if chosen else np.zeros(0, dtype=np.int32)
 
 
 def grouped_by_length(
@@ -73,7 +70,7 @@ def grouped_by_length(
     groups = []
     for first in range(lead, stop, batch * GROUP_BATCHES):
         window = slice(first, min(first + batch * GROUP_BATCHES, stop))
-        groups.append(order[window][np.argsort(-lengths[window].astype(np.int64), kind="stable")])
+        groups.append(order[window][np.argsort(-lengths[window], kind="stable")])
     if not groups:
         return order
     batches = np.concatenate(groups).reshape(-1, batch)

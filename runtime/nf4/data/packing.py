@@ -16,7 +16,7 @@ import numpy as np
 class Packing(NamedTuple):
     """Which examples share a bin.
 
-    items: int64 [N], a permutation of the examples, bin after bin, each from its longest to its shortest.
+    items: int32 [N], a permutation of the examples, bin after bin, each from its longest to its shortest.
     bounds: int64 [bins + 1], where each bin begins in `items`, and N.
     """
 
@@ -28,7 +28,7 @@ def best_fit(lengths: np.ndarray, capacity: int) -> Packing:
     """Pack sequences into bins; where lengths are equal, the earlier one is placed first.
 
     Args:
-        lengths: integers [N], each from 1 to `capacity`.
+        lengths: integers [N], each from 1 to `capacity`, fewer than 2**31.
 
     Raises:
         ValueError: a length out of range.
@@ -36,8 +36,8 @@ def best_fit(lengths: np.ndarray, capacity: int) -> Packing:
     count = len(lengths)
     if count and not 1 <= int(lengths.min()) <= int(lengths.max()) <= capacity:
         raise ValueError(f"lengths: expected 1 to {capacity}, got {lengths.min()} to {lengths.max()}")
-    longest_first = np.argsort(-lengths.astype(np.int64), kind="stable")
-    bin_of = np.empty(count, dtype=np.int64)  # of longest_first[i]
+    longest_first = np.argsort(-lengths.astype(np.int32), kind="stable").astype(np.int32)
+    bin_of = np.empty(count, dtype=np.int32)  # of longest_first[i]
     levels = _Levels()
     bins = placed = 0
     # Lengths from the longest, with how many have each.
@@ -49,7 +49,7 @@ def best_fit(lengths: np.ndarray, capacity: int) -> Packing:
             fits = (room or capacity) // length  # the bin stays the fullest until no more fit
             wanted = -(-(stop - placed) // fits)
             if room is None:
-                chosen = np.arange(bins, bins + wanted)
+                chosen = np.arange(bins, bins + wanted, dtype=np.int32)
                 bins, room = bins + wanted, capacity
             else:
                 chosen = levels.take(room, wanted)

@@ -20,12 +20,13 @@ import numpy as np
 from ..errors import TrainError
 from .batches import Batch, make_batch, pack_batch
 from .dataset import Concatenation, Source
-from .order import Stream, generator, grouped_by_length, members, shown_before, shuffled
+from .order import Stream, generator, grouped_by_length, members, shown_before
 from .packing import best_fit
 
 PACKINGS = ("none", "best-fit")
 LEAST_WEIGHT, MOST_WEIGHT = 0.001, 100.0  # of a source
 MOST_EPOCHS = 10_000
+MOST_EXAMPLES = 2**31 - 2**16  # of an epoch: their numbers are int32
 MOST_TOKENS = 2**31 - 1  # of a micro-batch: places in it are int32
 
 
@@ -95,6 +96,9 @@ class Batches:
         self._seed = seed
         self._check_examples()
         self._shown = sum(size * weight for size, weight in zip(self._sizes, self._weights, strict=True))
+        if self._shown > MOST_EXAMPLES:
+            got = f"{self._shown:,.0f}"
+            raise TrainError("", "too many examples", expected=f"at most {MOST_EXAMPLES:,} an epoch", got=got)
         self._starts = [0]  # the first row of each epoch, where that is known from packing them all only
         self._epochs: dict[int, _Epoch] = {}  # the last two; a step may need both
         if steps is not None:
@@ -202,7 +206,8 @@ class Batches:
         return self._epochs[epoch]
 
     def _make_epoch(self, epoch: int) -> _Epoch:
-        order = shuffled(members(self._sizes, self._weights, self._seed, epoch), self._seed, epoch)
+        order = members(self._sizes, self._weights, self._seed, epoch)
+        generator(self._seed, Stream.ORDER, epoch).shuffle(order)
         options, lengths = self.options, self.dataset.lengths
         if options.packing == "best-fit":
             return _packed_epoch(order, lengths[order], options.seq_len, self._seed, epoch)
@@ -259,8 +264,9 @@ def _packed_epoch(order: np.ndarray, lengths: np.ndarray, capacity: int, seed: i
     sizes = np.diff(packing.bounds)
     mixed = generator(seed, Stream.ROWS, epoch).permutation(len(sizes))
     bounds = np.concatenate(([0], np.cumsum(sizes[mixed])))
-    moved = np.repeat(packing.bounds[:-1][mixed] - bounds[:-1], sizes[mixed])
-    return _Epoch(order[packing.items[moved + np.arange(len(order))]], bounds)
+    from_to = np.repeat(packing.bounds[:-1][mixed] - bounds[:-1], sizes[mixed])
+    from_to += np.arange(len(order))
+    return _Epoch(order[packing.items[from_to]], bounds)
 
 
 def _largest_first(order: np.ndarray, lengths: np.ndarray, size: int) -> None:
