@@ -22,7 +22,7 @@ FORBIDDEN = {
     "nf4": {"qcompile"},
 }
 # The extras: nothing in the three packages may need them to be imported.
-EXTRAS = {"transformers", "peft", "bitsandbytes", "accelerate", "scipy", "matplotlib"}
+EXTRAS = {"transformers", "peft", "bitsandbytes", "accelerate", "scipy", "matplotlib", "pyarrow"}
 
 
 def imported_packages(source: str) -> Iterator[tuple[int, str]]:

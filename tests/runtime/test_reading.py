@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 
 from nf4.data.dataset import Example, FileReport
+from nf4.data.encode import TextEncoder
+from nf4.data.options import DataOptions
 from nf4.data.reading import load_dataset
 from nf4.errors import TrainError
 
 BOS, EOS = 1, 2
 
 
-class WordTokenizer:
+class WordTokenizer(TextEncoder):
     """One id a word; spaces stay with the word behind them. As many real ones, it puts BOS before a text."""
 
     bos_id: int | None = BOS
@@ -44,7 +46,7 @@ def first_label(example: Example) -> int:
 
 
 def load(paths: list[Path], tokenizer: WordTokenizer, seq_len: int) -> list[Example]:
-    return list(load_dataset(paths, tokenizer, seq_len))
+    return list(load_dataset(paths, tokenizer, DataOptions(seq_len=seq_len)))
 
 
 Write = Callable[[str, str | bytes], Path]
@@ -66,7 +68,7 @@ def rows(*pairs: tuple[str, str]) -> str:
 
 def test_text_becomes_windows_of_the_perplexity_protocol(write: Write) -> None:
     path = write("a.txt", "a b c d\n<|doc|>\ne f g h i j")
-    dataset = load_dataset([path], WordTokenizer(), 5)
+    dataset = load_dataset([path], WordTokenizer(), DataOptions(seq_len=5))
     # Tokens laid end to end: BOS a b c d BOS e f g h i j; windows of four behind a BOS, the rest left out.
     a, b, c, d, e, f, g, h, i, j = range(3, 13)
     del j
@@ -108,7 +110,7 @@ def test_border_inside_a_token_is_encoded_apart(write: Write) -> None:
 
 def test_truncation_is_counted_and_rows_without_labels_dropped(write: Write) -> None:
     path = write("a.jsonl", rows(("a b", " c d e f"), ("a b c d e", " f"), ("a", " b")))
-    dataset = load_dataset([path], WordTokenizer(), 5)
+    dataset = load_dataset([path], WordTokenizer(), DataOptions(seq_len=5))
     assert (dataset.report.truncated, dataset.report.dropped, len(dataset)) == (2, 1, 2)
     assert dataset[0].ids.tolist() == [BOS, 3, 4, 5, 6]
     assert dataset.num_labels == 2 + 2
@@ -122,20 +124,20 @@ def test_truncation_is_counted_and_rows_without_labels_dropped(write: Write) -> 
     [
         (
             '{"prompt": "a", "completion": "b"}\n{"prompt": "a"',
-            r"x.jsonl:2: malformed JSON: Expecting ',' delimiter",
+            r"x.jsonl:2: not JSON at character 14: expecting ',' delimiter; write one JSON object a line",
         ),
         (
-            '{"question": "a", "answer": "b"}',
-            r"x.jsonl:1: bad row, expected .* prompt and completion, got 'answer', ",
+            '{"frage": "a", "answer": "b"}',
+            r"x.jsonl:1: bad row: no known schema, .* prompt/completion .*, got 'answer', 'frage'; .*--map",
         ),
         (
-            '\n{"prompt": "a", "completion": "b", "id": 1}',
-            r"x.jsonl:2: bad row, .* got 'completion', 'id', 'prompt'",
+            '{"prompt": "a", "completion": "b"}\n{"prompt": "a", "id": 1}',
+            r"x.jsonl:2: bad row, expected the keys prompt, completion, .* got 'id', 'prompt'",
         ),
         ('["a", "b"]', r"x.jsonl:1: bad row, .* got list"),
         ('{"prompt": "a", "completion": 3}', r"x.jsonl:1: bad completion, expected text, got int"),
-        ('{"prompt": "\\ud800", "completion": ""}', r"x.jsonl:1: bad prompt, expected valid Unicode"),
-        ("[" * 100000, r"x.jsonl:1: malformed JSON"),
+        ('{"prompt": "\\ud800", "completion": ""}', r"x.jsonl:1: not JSON: half a surrogate pair"),
+        ("[" * 100000, r"x.jsonl:1: nested deeper than 64 levels"),
         ("\n\n", r"x.jsonl: no rows"),
         (
             rows(("a b c d e f g h", " i")),
@@ -145,27 +147,25 @@ def test_truncation_is_counted_and_rows_without_labels_dropped(write: Write) -> 
 )
 def test_bad_rows_are_told_with_their_line(content: str, message: str, write: Write) -> None:
     with pytest.raises(TrainError, match=message):
-        load_dataset([write("x.jsonl", content)], WordTokenizer(), 8)
+        load_dataset([write("x.jsonl", content)], WordTokenizer(), DataOptions(seq_len=8))
 
 
 def test_bad_bytes_are_told_with_their_line(write: Write) -> None:
     for name in ("x.txt", "x.jsonl"):
         content = rows(("a", "b")).encode() + b"\n\xff\n"
-        with pytest.raises(TrainError, match=rf"{name}:3: not UTF-8, got byte 0xff"):
-            load_dataset([write(name, content)], WordTokenizer(), 8)
+        with pytest.raises(TrainError, match=rf"{name}:3: not UTF-8"):
+            load_dataset([write(name, content)], WordTokenizer(), DataOptions(seq_len=8))
 
 
 def test_other_problems_with_data_are_told(write: Write) -> None:
-    with pytest.raises(
-        TrainError, match=r"x.parquet: unsupported kind of data, expected plain text or .jsonl"
-    ):
-        load_dataset([write("x.parquet", "")], WordTokenizer(), 8)
+    with pytest.raises(TrainError, match=r"x.gz: unsupported kind of data, .* got .gz; unpack it first"):
+        load_dataset([write("x.gz", "")], WordTokenizer(), DataOptions(seq_len=8))
     for text in ("", " \n", "\n<|doc|>\n"):
         with pytest.raises(TrainError, match="no text to train on"):
-            load_dataset([write("x.txt", text)], WordTokenizer(), 8)
+            load_dataset([write("x.txt", text)], WordTokenizer(), DataOptions(seq_len=8))
     with pytest.raises(TrainError, match="sequence length, expected at least 2 tokens, got 1"):
-        load_dataset([write("x.txt", "a b")], WordTokenizer(), 1)
+        load_dataset([write("x.txt", "a b")], WordTokenizer(), DataOptions(seq_len=1))
     endless = WordTokenizer()
     endless.eos_ids = ()
     with pytest.raises(TrainError, match="names no end token"):
-        load_dataset([write("x.jsonl", rows(("a", "b")))], endless, 8)
+        load_dataset([write("x.jsonl", rows(("a", "b")))], endless, DataOptions(seq_len=8))

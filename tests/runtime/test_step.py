@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nf4.data.batches import Batch, make_batch
 from nf4.data.dataset import Example
+from nf4.data.encode import TextEncoder
 from nf4.errors import TrainError
 from nf4.lora import LoraConfig, add_lora, lora_layers
 from nf4.model.config import ModelConfig
@@ -213,7 +214,7 @@ def test_loss_scale_grows_shrinks_gives_up_and_travels(make_model: Callable[...,
     torch.optim.AdamW(trained(make_model(torch.float16))).load_state_dict(saved)  # torch minds it not
 
 
-class ByteTokenizer:
+class ByteTokenizer(TextEncoder):
     """One id a byte, BOS in front."""
 
     bos_id: int | None = 1

@@ -15,6 +15,8 @@ import torch
 
 from nf4.adapters import load_adapter
 from nf4.data.batches import make_batch
+from nf4.data.encode import TextEncoder
+from nf4.data.options import DataOptions
 from nf4.data.reading import load_dataset
 from nf4.errors import TrainError
 from nf4.lora import LoraConfig, add_lora, lora_layers
@@ -28,7 +30,7 @@ from nf4.training.runlog import RunLog, StopRequest
 from nf4.training.train import StepPlan, TrainOptions, evaluate, train, train_step
 
 
-class ByteTokenizer:
+class ByteTokenizer(TextEncoder):
     """One id a byte, BOS in front."""
 
     bos_id: int | None = 1
@@ -152,7 +154,7 @@ def test_one_step_is_plain_accumulated_training(
     rows.write_text(
         "".join(json.dumps({"prompt": "a" * n, "completion": "bc" * n}) + "\n" for n in (1, 3, 9, 5))
     )
-    examples = list(load_dataset([rows], TOKENIZER, 64))
+    examples = list(load_dataset([rows], TOKENIZER, DataOptions(seq_len=64)))
     ours, theirs = make_model(), make_model()
     for model in (ours, theirs):
         add_lora(model, options.lora, seed=3)
@@ -211,7 +213,7 @@ def test_evaluation_is_the_mean_over_tokens_without_dropout(
 ) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"prompt": "a", "completion": "bc" * n}) + "\n" for n in (9, 1, 4)))
-    dataset = load_dataset([rows], TOKENIZER, 64)
+    dataset = load_dataset([rows], TOKENIZER, DataOptions(seq_len=64))
     model = make_model()
     add_lora(model, LoraConfig(dropout=0.9))
     model.train()
@@ -230,7 +232,7 @@ def test_evaluation_agrees_with_the_perplexity_of_a_text(
     model = make_model()
     ids = encode_documents(cast(Tokenizer, TOKENIZER), TEXT)
     expected = perplexity(model, ids, 32, bos_id=1)
-    dataset = load_dataset(options.data, TOKENIZER, 32)
+    dataset = load_dataset(options.data, TOKENIZER, DataOptions(seq_len=32))
     assert dataset.num_labels == expected.tokens
     assert evaluate(model, dataset, 4) == pytest.approx(expected.mean_nll, rel=1e-6)
 
@@ -250,7 +252,7 @@ def test_token_outside_the_vocabulary_is_told(
 
 
 def test_plan_of_steps_and_epochs(options: TrainOptions) -> None:
-    dataset = load_dataset(options.data, TOKENIZER, 32)
+    dataset = load_dataset(options.data, TOKENIZER, DataOptions(seq_len=32))
     count = len(dataset)
     plan = StepPlan(dataset, changed(options, steps=None, epochs=1.5, batch=3, accumulate=2))
     sizes = [[len(batch.input_ids) for batch in step] for step in plan]

@@ -65,7 +65,7 @@ def command(
     import torch
     from tqdm import tqdm
 
-    from ..data.reading import DOCUMENT_SEPARATOR
+    from ..data.documents import DOCUMENT_SEPARATOR
     from ..errors import LoadError
     from ..loading import load
     from ..text.perplexity import encode_documents, perplexity

@@ -32,6 +32,7 @@ class FileReport:
         truncated: rows that lost their end to the sequence length.
         dropped: rows left out because no token with loss remained.
         tokens, labelled: of all examples; those of them that carry loss.
+        notes: what else a user should know, a line each.
     """
 
     path: str
@@ -41,6 +42,7 @@ class FileReport:
     dropped: int
     tokens: int
     labelled: int
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,11 @@ class Dataset(ABC):
 
     @abstractmethod
     def __getitem__(self, index: int) -> Example: ...
+
+    @property
+    def max_token_id(self) -> int:
+        """The largest id in any example, or above it; 0 without examples."""
+        return max((int(example.ids.max()) for example in self), default=0)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -136,6 +143,10 @@ class Subset(Dataset):
     def __getitem__(self, index: int) -> Example:
         return self._dataset[int(self._indices[index])]
 
+    @property
+    def max_token_id(self) -> int:
+        return self._dataset.max_token_id
+
     def place(self, index: int) -> str:
         return self._dataset.place(int(self._indices[index]))
 
@@ -166,6 +177,10 @@ class Concatenation(Dataset):
             raise IndexError(index)
         at = int(np.searchsorted(self.starts, index, side="right")) - 1
         return self._datasets[at], index - int(self.starts[at])
+
+    @property
+    def max_token_id(self) -> int:
+        return max(dataset.max_token_id for dataset in self._datasets)
 
 
 class Source(NamedTuple):

@@ -1,183 +1,261 @@
-"""Text files and prompt/completion rows as token sequences with labels.
+"""Files -> examples, tokenized once: the whole way, read top to bottom.
 
-Two kinds of file, told apart by suffix:
+Each file is streamed, its rows understood by `schema`, conversations rendered by `renderer`, texts tokenized
+by all cores in batches, and the examples written to a store that the next run with the same file,
+tokenizer and options finds again. Neither file nor tokens are ever in memory as a whole.
 
-* plain text (any suffix but the ones below): documents separated by a line `<|doc|>`. Each is encoded,
-  the tokens are laid end to end and cut into windows of seq_len, BOS in front of each where the model
-  has one: the protocol of `nf4 eval`, so that both report the same perplexity. The last, incomplete
-  window is left out unless it is the only one.
-* `.jsonl`: one object a line with exactly the keys `prompt` and `completion`. The loss is on the
-  completion and the end token behind it.
-
-Limits: everything is tokenized at the start and held in memory, 4 bytes a token; no packing.
+Plain text follows the protocol of `nf4 eval`, so that both report the same perplexity: documents are
+separated by a line `<|doc|>`, each is encoded, the tokens are laid end to end and cut into windows of
+seq_len, BOS in front of each where the model has one. The last, incomplete window is left out unless it is
+the only one.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import Any, Protocol
+from typing import NamedTuple, TypeVar
 
-import numpy as np
+from tqdm import tqdm
+
+from nf4format.atomic import AtomicFile
 
 from ..errors import TrainError
-from .dataset import DataReport, Dataset, Example, FileReport, ListDataset
+from .dataset import Concatenation, Dataset, FileReport, Source
+from .documents import read_documents
+from .encode import RowEncoder, TextEncoder, Windows, encode_pieces
+from .files import DataFile, find_files
+from .options import NO_CACHE, DataOptions
+from .rows import read_rows
+from .schema import FIELDS, Chat, Sample, Schema
+from .store import VERSION, StoreWriter, TokenStore, open_store
+from .template import Template, find_template
 
-DOCUMENT_SEPARATOR = "\n<|doc|>\n"
-ROW_SUFFIXES = (".jsonl", ".ndjson")
-# Training on the markup of these as if it were prose would go unnoticed.
-UNSUPPORTED_SUFFIXES = (".json", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zst", ".zip", ".xz", ".bz2")
-
-
-class TextEncoder(Protocol):
-    """What data needs of `nf4.text.tokenizer.Tokenizer`."""
-
-    @property
-    def bos_id(self) -> int | None: ...
-
-    @property
-    def eos_ids(self) -> Sequence[int]: ...
-
-    def encode(self, text: str, special: bool = True) -> list[int]: ...
+# Characters encoded at once: enough for all cores, some 100 MB of encodings.
+_BATCH_CHARS = 1 << 20
+_BATCH_ROWS = 4096
+_T = TypeVar("_T")
 
 
-def load_dataset(paths: Iterable[str | Path], tokenizer: TextEncoder, seq_len: int) -> Dataset:
-    """Read and tokenize files, each by its kind.
+def load_sources(
+    paths: Sequence[tuple[str | Path, float]],
+    tokenizer: TextEncoder,
+    options: DataOptions,
+    *,
+    progress: bool = False,
+) -> list[Source]:
+    """Read and tokenize parts of the training data, or find them tokenized.
 
     Args:
-        paths: text or JSONL files.
+        paths: (file or directory, weight) of each part.
         tokenizer: the model's.
-        seq_len: the most tokens in an example, BOS and end token included.
+        options: see there.
+        progress: show a bar for each file that is tokenized.
 
     Raises:
-        TrainError: a file of an unsupported kind, not UTF-8, malformed or empty, a row with other
-            keys (told as file:line), or not one token with a label.
-        OSError: a file that cannot be read.
+        TrainError: options that cannot be used; a file of an unsupported kind, malformed or empty; rows
+            that fit no schema; not one token with loss, or every row cut. Told with file and line.
+        FormatError: a file that cannot be read.
+        WriteError: the cache cannot be written.
     """
-    if seq_len < 2:
-        raise TrainError("", "sequence length", expected="at least 2 tokens", got=seq_len)
-    examples: list[Example] = []
-    reports: list[FileReport] = []
+    return [Source(load_dataset([path], tokenizer, options, progress=progress), w) for path, w in paths]
+
+
+def load_dataset(
+    paths: Iterable[str | Path], tokenizer: TextEncoder, options: DataOptions, *, progress: bool = False
+) -> Dataset:
+    """`load_sources` of files and directories that count as one part."""
+    options.check()
+    if options.workers is not None:
+        os.environ["RAYON_NUM_THREADS"] = str(options.workers)
+    template = find_template(options.template, tokenizer.chat_templates)
+    stores = []
     for path in map(Path, paths):
-        if path.suffix.lower() in UNSUPPORTED_SUFFIXES:
-            raise TrainError(
-                path,
-                "unsupported kind of data",
-                expected="plain text or .jsonl",
-                got=path.suffix,
-                remedy="convert it to JSONL rows with the keys prompt and completion",
-            )
-        read = _read_rows if path.suffix.lower() in ROW_SUFFIXES else _read_text
-        part, report = read(path, tokenizer, seq_len)
-        examples += part
-        reports.append(report)
-    return ListDataset(examples, DataReport(tuple(reports)))
+        files = find_files(path)
+        for file in files:
+            if file != path and file.stat().st_size == 0:
+                continue  # of a directory; a file that was named must hold something
+            stores.append(_load_file(file, tokenizer, options, template, progress))
+        if not stores:
+            raise TrainError(path, "every file in the directory is empty")
+    return stores[0] if len(stores) == 1 else Concatenation(stores)
 
 
-def _read_text(path: Path, tokenizer: TextEncoder, seq_len: int) -> tuple[list[Example], FileReport]:
-    text = _decode(path.read_bytes(), path, 1)
-    tokens: list[int] = []
-    documents = [document for document in text.split(DOCUMENT_SEPARATOR) if document.strip()]
-    for document in documents:
-        tokens += tokenizer.encode(document)
-    head = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    stride = seq_len - len(head)
-    stop = max(len(tokens) // stride, 1) * stride
-    examples = [_example(head + tokens[at : at + stride], 1) for at in range(0, stop, stride)]
-    if len(examples[0].ids) < 2:
-        raise TrainError(path, "no text to train on", expected="at least two tokens", got=len(tokens))
-    return examples, _report(path, len(documents), examples)
+def cache_directory(cache: str | Path | None) -> Path | None:
+    """Where tokenized data is kept; None: nowhere.
 
-
-def _read_rows(path: Path, tokenizer: TextEncoder, seq_len: int) -> tuple[list[Example], FileReport]:
-    if not tokenizer.eos_ids:
-        raise TrainError(
-            path,
-            "the model names no end token, so completions cannot be closed",
-            remedy="train on plain text",
-        )
-    examples: list[Example] = []
-    rows = truncated = dropped = 0
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        if not line.strip():
-            continue
-        prompt, completion = _parse_row(_decode(line, path, number), f"{path}:{number}")
-        ids, first_label = _encode_row(tokenizer, prompt, completion)
-        rows += 1
-        truncated += len(ids) > seq_len
-        if first_label < min(len(ids), seq_len):
-            examples.append(_example(ids[:seq_len], first_label))
-        else:
-            dropped += 1
-    if not examples:
-        if dropped:
-            raise TrainError(
-                path,
-                f"every label is masked: all {dropped} prompts fill the sequence length of {seq_len}",
-                remedy="raise the sequence length or shorten the prompts",
-            )
-        raise TrainError(path, "no rows", expected="one JSON object a line", got="an empty file")
-    return examples, _report(path, rows, examples, truncated, dropped)
-
-
-def _example(ids: list[int], first_label: int) -> Example:
-    """Tokens of which those from first_label on carry loss."""
-    return Example(np.array(ids, dtype=np.int32), np.arange(len(ids)) >= first_label)
-
-
-def _report(
-    path: Path, rows: int, examples: list[Example], truncated: int = 0, dropped: int = 0
-) -> FileReport:
-    tokens = sum(len(example.ids) for example in examples)
-    labelled = sum(int(example.labelled.sum()) for example in examples)
-    return FileReport(str(path), rows, len(examples), truncated, dropped, tokens, labelled)
-
-
-def _encode_row(tokenizer: TextEncoder, prompt: str, completion: str) -> tuple[list[int], int]:
-    """Token ids of prompt, completion and end token, and where the completion begins.
-
-    The completion's tokens are those that follow the prompt's in the encoding of both together; where
-    the border falls inside a token, the two are encoded apart, as generation will see the prompt alone.
+    Raises:
+        TrainError: the directory cannot be made.
     """
-    end = tokenizer.eos_ids[0]
-    prompt_ids = tokenizer.encode(prompt)
-    whole = tokenizer.encode(prompt + completion)
-    for ids in (prompt_ids, whole):
-        while ids and ids[-1] == end:  # some tokenizers close every text
-            ids.pop()
-    if whole[: len(prompt_ids)] != prompt_ids:
-        whole = prompt_ids + tokenizer.encode(completion, special=False)
-    return [*whole, end], max(len(prompt_ids), 1)
-
-
-def _parse_row(text: str, place: str) -> tuple[str, str]:
+    if cache is not None and str(cache) == NO_CACHE:
+        return None
+    folder = Path(cache or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "nf4")).expanduser()
     try:
-        row: Any = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        told = (
-            f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "too deep"
-        )
-        raise TrainError(place, f"malformed JSON: {told}", remedy="write one JSON object a line") from None
-    expected = "an object with the keys prompt and completion"
-    if not isinstance(row, dict):
-        raise TrainError(place, "bad row", expected=expected, got=type(row).__name__)
-    if row.keys() != {"prompt", "completion"}:
-        shown = ", ".join(sorted(map(ascii, row)))[:200] or "no keys"
-        raise TrainError(place, "bad row", expected=expected, got=shown, remedy="rename the keys")
-    for key, value in row.items():
-        if not isinstance(value, str):
-            raise TrainError(place, f"bad {key}", expected="text", got=type(value).__name__)
-        if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-            raise TrainError(place, f"bad {key}", expected="valid Unicode", got="half of a surrogate pair")
-    return row["prompt"], row["completion"]
-
-
-def _decode(data: bytes, path: Path, first_line: int) -> str:
-    try:
-        return data.decode("utf-8-sig" if first_line == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        line = first_line + data.count(b"\n", 0, error.start)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
         raise TrainError(
-            f"{path}:{line}", "not UTF-8", got=f"byte 0x{data[error.start]:02x}", remedy="convert it to UTF-8"
-        ) from None
+            folder,
+            f"the cache cannot be made: {(error.strerror or str(error)).lower()}",
+            remedy="name another directory with --cache, or none",
+        ) from error
+    return folder
+
+
+def _load_file(
+    path: Path, tokenizer: TextEncoder, options: DataOptions, template: Template | None, progress: bool
+) -> Dataset:
+    folder = None if tokenizer.fingerprint is None else cache_directory(options.cache)
+    bar = tqdm(desc=f"tokenizing {path.name}", unit="B", unit_scale=True, disable=not progress, leave=False)
+    with bar, DataFile(path, bar.update) as file:
+        bar.total = file.size
+        key = _key(file, tokenizer, options, template)
+        place = None if folder is None else folder / f"{key}.tokens"
+        if place is not None and (known := open_store(place, key, options.seq_len)) is not None:
+            return known.with_path(path)
+        bar.reset(file.size)
+        encode = _Encoding(tokenizer, options, template)
+        if place is not None:
+            return _make_store(place, key, file, encode)
+        # Mapped and without a name: gone with the last who uses it.
+        with tempfile.TemporaryDirectory(prefix="nf4-") as temporary:
+            return _make_store(Path(temporary, "tokens"), key, file, encode)
+
+
+def _key(file: DataFile, tokenizer: TextEncoder, options: DataOptions, template: Template | None) -> str:
+    """Of everything that decides the examples of a file."""
+    parts = {
+        "version": VERSION,
+        "content": file.content_sum(),
+        "kind": file.kind,
+        "tokenizer": tokenizer.fingerprint,
+        "special_tokens": dict(tokenizer.special_tokens),
+        "template": template,
+        "options": [options.seq_len, options.loss, sorted(options.columns.items())],
+        "chat": [options.as_chat, options.system, options.date],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:40]
+
+
+class _Encoding(NamedTuple):
+    """What decides how a file is encoded."""
+
+    tokenizer: TextEncoder
+    options: DataOptions
+    template: Template | None
+
+
+def _make_store(place: Path, key: str, file: DataFile, how: _Encoding) -> TokenStore:
+    with AtomicFile(place) as output:
+        writer = StoreWriter(output, wide=how.tokenizer.vocab_size > 1 << 16)
+        tokenize = _tokenize_text if file.kind == "text" else _tokenize_rows
+        counts = tokenize(file, how, writer)
+        file.check_unchanged()
+        report = FileReport(
+            str(file.path),
+            counts.rows,
+            len(writer),
+            counts.truncated,
+            counts.dropped,
+            writer.tokens,
+            writer.labelled,
+            counts.notes,
+        )
+        writer.finish(key, report)
+    store = open_store(place, key, how.options.seq_len)
+    if store is None:
+        raise TrainError(place, "tokenized data was damaged right after writing", remedy="check the disk")
+    return store
+
+
+class _Counts(NamedTuple):
+    """What `FileReport` tells of rows."""
+
+    rows: int
+    truncated: int = 0
+    dropped: int = 0
+    notes: tuple[str, ...] = ()
+
+
+def _tokenize_text(file: DataFile, how: _Encoding, writer: StoreWriter) -> _Counts:
+    windows = Windows(how.tokenizer, how.options.seq_len)
+    documents = 0
+    for parts in _batches(read_documents(file), lambda part: len(part.text)):
+        documents += sum(part.begins for part in parts)
+        for example in windows.add(encode_pieces(how.tokenizer, parts)):
+            writer.add(example)
+    for example in windows.finish():
+        writer.add(example)
+    if not len(writer):
+        raise TrainError(file.path, "no text to train on", expected="at least two tokens")
+    return _Counts(documents)
+
+
+def _tokenize_rows(file: DataFile, how: _Encoding, writer: StoreWriter) -> _Counts:
+    rows = truncated = dropped = 0
+    with closing(RowEncoder(*how)) as encoder:
+        for batch in _batches(_samples(file, how), lambda pair: _characters(pair[1])):
+            places, samples = zip(*batch, strict=True)
+            rows += len(batch)
+            for examples, is_cut in encoder.encode(places, samples):
+                truncated += is_cut
+                dropped += not examples
+                for example in examples:
+                    writer.add(example)
+        notes = encoder.notes
+    seq_len = how.options.seq_len
+    if rows == 0:
+        raise TrainError(file.path, "no rows", expected="at least one", got="an empty file")
+    if not len(writer) and truncated:
+        raise TrainError(
+            file.path,
+            f"every label is masked: all {dropped:,} prompts fill the sequence length of {seq_len}",
+            remedy="raise the sequence length or shorten the prompts",
+        )
+    if not len(writer):
+        raise TrainError(
+            file.path,
+            f"every label is masked: none of {dropped:,} rows has a completion or a message of the assistant",
+            remedy="check the data, or learn every token with --loss all",
+        )
+    if truncated == rows:
+        raise TrainError(
+            file.path,
+            f"every row is cut: all {rows:,} are longer than the sequence length of {seq_len}",
+            remedy="raise the sequence length",
+        )
+    return _Counts(rows, truncated, dropped, notes)
+
+
+def _samples(file: DataFile, how: _Encoding) -> Iterator[tuple[str, Sample]]:
+    """(place, meaning) of every row; the first one's keys decide the schema."""
+    schema: Schema | None = None
+    options = how.options
+    as_chat = how.template is not None if options.as_chat is None else options.as_chat
+    for place, row in read_rows(file, FIELDS | set(options.columns.values())):
+        if schema is None:
+            schema = Schema.recognise(row, place, options.columns, as_chat=as_chat, system=options.system)
+        yield place, schema.read(row, place)
+
+
+def _characters(sample: Sample) -> int:
+    texts = [m["content"] for m in sample.messages] if isinstance(sample, Chat) else sample
+    return sum(map(len, texts))
+
+
+def _batches(items: Iterator[_T], size: Callable[[_T], int]) -> Iterator[list[_T]]:
+    """Lists of items that together reach _BATCH_CHARS or _BATCH_ROWS."""
+    batch: list[_T] = []
+    characters = 0
+    for item in items:
+        batch.append(item)
+        characters += size(item)
+        if characters >= _BATCH_CHARS or len(batch) >= _BATCH_ROWS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..data.reading import DOCUMENT_SEPARATOR
+from ..data.documents import DOCUMENT_SEPARATOR
 from ..errors import LoadError
 from ..model.decoder import CausalLM
 from ..training.loss import loss_sum

@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
+import tokenizers
+import xxhash
+from tokenizers import Encoding
 from tokenizers import Tokenizer as Backend
 
 from nf4format.container import Nf4File
 
 from ..errors import LoadError
 
+Span = tuple[int, int]
+
 _REPLACEMENT = "\ufffd"  # what decoders print for bytes that are not (yet) valid UTF-8
+
+
+class SpanTokens(NamedTuple):
+    """A text's ids. spans: for each span of characters the tokens [first, last) that share a character with
+    it; first = last where none does. characters: of a token, the characters [begin, end)."""
+
+    ids: list[int]
+    spans: list[Span]
+    characters: Callable[[int], Span]
 
 
 class Tokenizer:
@@ -22,6 +37,11 @@ class Tokenizer:
         bos_id: the id that begins a text, or None. What tokenizer_config.json says counts, null included;
             without the key, generation_config.json and config.json.
         eos_ids: every id that ends a text: generation_config.json's, or config.json's, or the tokenizer's.
+        end_ids: these, and the special tokens of the vocabulary: what may close a turn of a chat.
+        special_tokens: "bos_token", "eos_token" and so on -> their text, as tokenizer_config.json has them.
+        chat_templates: name -> Jinja source of the chat templates that came with the model; the usual one is
+            "default".
+        fingerprint: of everything that decides token ids; equal fingerprints encode alike.
     """
 
     def __init__(
@@ -31,9 +51,12 @@ class Tokenizer:
         config: Mapping[str, Any] | None = None,
         generation_config: Mapping[str, Any] | None = None,
         tokenizer_config: Mapping[str, Any] | None = None,
+        chat_template: str | None = None,
         name: str = "tokenizer.json",
     ) -> None:
         """Read a tokenizer.json; the other files, parsed, say which tokens begin and end a text.
+
+        `chat_template` is the text of chat_template.jinja, which wins over tokenizer_config.json's.
 
         Raises:
             LoadError: the tokenizers library does not accept it. The text begins with `name`.
@@ -52,6 +75,16 @@ class Tokenizer:
         else:
             begins = _ids(generation.get("bos_token_id")) or _ids(model.get("bos_token_id"))
         self.bos_id: int | None = begins[0] if begins else None
+        added = self._backend.get_added_tokens_decoder()
+        self.end_ids = frozenset(self.eos_ids) | {number for number, token in added.items() if token.special}
+        texts = {key: _text(value) for key, value in own.items() if key.endswith("_token")}
+        self.special_tokens = {key: text for key, text in texts.items() if text is not None}
+        self.chat_templates = _chat_templates(own.get("chat_template"), chat_template)
+        for key, ids in (("bos_token", begins), ("eos_token", self.eos_ids)):
+            if key not in own and ids and (text := self._backend.id_to_token(ids[0])) is not None:
+                self.special_tokens[key] = text
+        content = xxhash.xxh3_128_hexdigest(data)
+        self.fingerprint = f"{content} {tokenizers.__version__} {self.bos_id} {self.eos_ids}"
 
     @classmethod
     def from_file(cls, file: Nf4File) -> Tokenizer:
@@ -66,7 +99,8 @@ class Tokenizer:
         others = {
             name: _parse(file, f"{name}.json") for name in ("config", "generation_config", "tokenizer_config")
         }
-        return cls(file.file("tokenizer.json"), name=f"{file.path}: tokenizer.json", **others)
+        name = f"{file.path}: tokenizer.json"
+        return cls(file.file("tokenizer.json"), name=name, chat_template=_embedded_template(file), **others)
 
     @property
     def vocab_size(self) -> int:
@@ -76,6 +110,18 @@ class Tokenizer:
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids of a text; `special` adds the tokens that the tokenizer puts around one, such as BOS."""
         return self._backend.encode(text, add_special_tokens=special).ids
+
+    def encode_batch(self, texts: Sequence[str], special: bool = True) -> list[list[int]]:
+        """`encode` of each of the texts, by all cores."""
+        return [found.ids for found in self._backend.encode_batch_fast(texts, add_special_tokens=special)]
+
+    def encode_with_spans(self, texts: Sequence[str], spans: Sequence[Sequence[Span]]) -> list[SpanTokens]:
+        """Ids of each text, no special tokens put around it, and the tokens of spans of its characters."""
+        found = self._backend.encode_batch(texts, add_special_tokens=False)
+        return [
+            SpanTokens(one.ids, [_tokens_of(one, span) for span in wanted], partial(_characters, one))
+            for one, wanted in zip(found, spans, strict=True)
+        ]
 
     def decode(self, ids: Sequence[int], special: bool = False) -> str:
         """The text of token ids, with or without special tokens."""
@@ -93,8 +139,8 @@ class Tokenizer:
 
     def _named(self, token: Any) -> tuple[int, ...]:
         """The id of a token as tokenizer_config.json writes it: its text, or an object with the text."""
-        text = token.get("content") if isinstance(token, Mapping) else token
-        found = self._backend.token_to_id(text) if isinstance(text, str) else None
+        text = _text(token)
+        found = None if text is None else self._backend.token_to_id(text)
         return () if found is None else (found,)
 
 
@@ -141,6 +187,64 @@ _CONTEXT = 8  # ids of the prompt that are enough to know whether the first word
 def _ids(value: Any) -> tuple[int, ...]:
     values = value if isinstance(value, list) else [value]
     return tuple(i for i in values if isinstance(i, int) and not isinstance(i, bool))
+
+
+def _text(token: Any) -> str | None:
+    """The text of a token as tokenizer_config.json writes it: a string, or an object that holds one."""
+    text = token.get("content") if isinstance(token, Mapping) else token
+    return text if isinstance(text, str) else None
+
+
+def _tokens_of(encoding: Encoding, span: Span) -> Span:
+    """The tokens [first, last) that share a character with the characters [begin, end)."""
+    begin, end = span
+    if begin >= end:
+        return 0, 0
+    first, last = encoding.char_to_token(begin), encoding.char_to_token(end - 1)
+    if first is None or last is None:  # characters that the tokenizer leaves out
+        return tokens_by_offsets(encoding.offsets, span)
+    count = len(encoding)
+    while last < count and _characters(encoding, last)[0] < end:  # a character may be several tokens
+        last += 1
+    return first, last
+
+
+def tokens_by_offsets(offsets: Sequence[Span], span: Span) -> Span:
+    """What `encode_with_spans` tells of a span, from the characters of every token."""
+    begin, end = span
+    shared = [index for index, (left, right) in enumerate(offsets) if left < end and right > begin]
+    return (shared[0], shared[-1] + 1) if shared else (0, 0)
+
+
+def _characters(encoding: Encoding, token: int) -> Span:
+    place: Span | None = encoding.token_to_chars(token)
+    return (0, 0) if place is None else place
+
+
+def _chat_templates(configured: Any, apart: str | None) -> dict[str, str]:
+    """Name -> source, of a template in tokenizer_config.json (a text, or a list of named ones) and of one in
+    a file of its own."""
+    found: dict[str, str] = {}
+    if isinstance(configured, str):
+        found["default"] = configured
+    elif isinstance(configured, list):
+        for entry in configured:
+            if isinstance(entry, Mapping) and isinstance(entry.get("template"), str):
+                found[str(entry.get("name"))] = entry["template"]
+    if apart is not None:
+        found["default"] = apart
+    return found
+
+
+def _embedded_template(file: Nf4File) -> str | None:
+    """The chat template that a packed file holds as a file of its own, as a text or wrapped in JSON."""
+    if "chat_template.jinja" in file.file_names:
+        try:
+            return file.file("chat_template.jinja").decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise LoadError(file.path, f"embedded file chat_template.jinja is not UTF-8: {error}") from error
+    wrapped = _parse(file, "chat_template.json").get("chat_template")
+    return wrapped if isinstance(wrapped, str) else None
 
 
 def _parse(file: Nf4File, name: str) -> Mapping[str, Any]:

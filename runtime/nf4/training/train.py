@@ -17,6 +17,7 @@ from tqdm import tqdm
 from ..adapters import save_adapter
 from ..data.batches import Batch, example_order, make_batch
 from ..data.dataset import Dataset, Source
+from ..data.options import DataOptions
 from ..data.reading import TextEncoder, load_dataset
 from ..data.split import split
 from ..errors import TrainError
@@ -235,10 +236,10 @@ def load_data(
     Raises:
         TrainError: see nf4.data.reading; both kinds of evaluation data asked for.
     """
-    training = load_dataset(options.data, tokenizer, options.seq_len)
+    training = load_dataset(options.data, tokenizer, DataOptions(seq_len=options.seq_len))
     evaluation = None
     if options.eval_data:
-        evaluation = load_dataset(options.eval_data, tokenizer, options.seq_len)
+        evaluation = load_dataset(options.eval_data, tokenizer, DataOptions(seq_len=options.seq_len))
     elif options.eval_fraction:
         (kept,), evaluation = split([Source(training, 1.0)], options.eval_fraction, options.seed)
         training = kept.dataset
@@ -299,7 +300,7 @@ def _check_fit(model: CausalLM, options: TrainOptions, *datasets: Dataset | None
         expected = f"at most the model's {positions} positions"
         raise TrainError("", "sequence length", expected=expected, got=options.seq_len)
     for dataset in datasets:
-        largest = max((int(example.ids.max()) for example in dataset), default=0) if dataset else 0
+        largest = dataset.max_token_id if dataset else 0
         if largest >= vocab_size:
             expected = f"below the model's {vocab_size}"
             remedy = "the tokenizer is not the model's"
