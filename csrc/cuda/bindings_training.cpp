@@ -98,7 +98,7 @@ void cross_entropy(Address logits, int64_t stride, Address targets, Address loss
 }
 
 std::vector<Nf4Adapter> adapters_of(const std::vector<Adapter>& given, const std::vector<Gradients>* grads) {
-  require(given.size() <= NF4_MOST_WEIGHTS, "adapters", "at most 4", static_cast<int64_t>(given.size()));
+  require(given.size() <= NF4_MOST_ADAPTERS, "adapters", "at most 8", static_cast<int64_t>(given.size()));
   if (grads) {
     require(grads->size() == given.size(), "gradients", "as many as adapters",
             static_cast<int64_t>(grads->size()));

@@ -46,7 +46,8 @@ struct Nf4Adapter {
   float scaling;
 };
 
-#define NF4_MOST_WEIGHTS 4  // of one launch: q, k, v or gate, up; one more than either needs
+#define NF4_MOST_WEIGHTS 4   // of one launch: q, k, v or gate, up; one more than either needs
+#define NF4_MOST_ADAPTERS 8  // of one launch: two for each of these weights
 
 int nf4_dequantize(const Nf4Weight* weight, int64_t start, int64_t stop, void* out, int dtype, int overlap,
                    cudaStream_t stream);

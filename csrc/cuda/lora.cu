@@ -19,7 +19,7 @@ namespace {
 constexpr int kThreads = 256;
 
 struct Adapters {
-  Nf4Adapter all[NF4_MOST_WEIGHTS];
+  Nf4Adapter all[NF4_MOST_ADAPTERS];
   int count;
 };
 
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 cudaError_t copy(const Nf4Adapter* adapters, int count, Adapters* copied) {
-  if (count < 0 || count > NF4_MOST_WEIGHTS) return cudaErrorInvalidValue;
+  if (count < 0 || count > NF4_MOST_ADAPTERS) return cudaErrorInvalidValue;
   copied->count = count;
   for (int i = 0; i < count; ++i) copied->all[i] = adapters[i];
   return cudaSuccess;

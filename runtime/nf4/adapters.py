@@ -1,25 +1,30 @@
-"""Adapters on disk: LoRA layers of a model to and from PEFT's directory layout.
+"""Adapters on disk: what trains beside a model, to and from PEFT's directory layout.
 
-`adapter_config.json` holds the settings, `adapter_model.safetensors` for each wrapped layer
-`base_model.model.<path>.lora_A.weight` [R, I] and `.lora_B.weight` [O, R]. The weights' metadata names
-the base: the fingerprint of the packed file and that of the checkpoint it was compiled from. PEFT
-ignores both; adapters that PEFT wrote have none and are not asked for one.
+`adapter_config.json` holds the settings, `adapter_model.safetensors` under `base_model.model.<path>`:
 
-Supported: plain LoRA on linear layers, rsLoRA, rank_pattern and alpha_pattern of literal names.
-Whatever else changes the arithmetic (DoRA, trained biases or embeddings, modules_to_save, initial
-values that change the base ...) is refused, never skipped.
+    .lora_A.weight [R, I]  .lora_B.weight [O, R]    of each layer with LoRA
+    .lora_B.bias [O]                                with lora_bias
+    .lora_magnitude_vector [O]                      with DoRA
+    .base_layer.bias [O]                            of layers with LoRA, where biases train
+    .bias [O]                                       of other layers, where all biases train
+    .weight                                         of modules_to_save; and .bias where they have one
+
+Initial values that came out of the base (PiSSA, OLoRA) are saved as an ordinary adapter of twice the rank, so
+that the base stays the packed file: B A - B0 A0 = [B | -B0] [A ; A0].
+
+The weights' metadata names the base: the fingerprint of the packed file and that of the checkpoint it was
+compiled from. PEFT ignores both; adapters that PEFT wrote have none and are not asked for one. What else
+changes the arithmetic (adapted embeddings, initial values that change the base ...) is refused, not skipped.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -36,23 +41,36 @@ from nf4format.adapter import (
 from nf4format.container import Nf4File
 
 from .errors import LoadError, TrainError
-from .lora import LoraConfig, attach_lora, linear_names, lora_layers
+from .lora.attach import (
+    EMBEDDINGS,
+    attach_lora,
+    biased_layers,
+    has_adapter,
+    lora_layers,
+    saved_modules,
+    tied_embeddings,
+)
+from .lora.config import LoraConfig
+from .lora.peft_config import PeftConfig, read_config, write_config
+from .lora.saved import weight_shape
+from .lora.targets import linear_names, savable_names
 
 _PREFIX = "base_model.model."
-_KEY = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)\.weight", re.DOTALL)
-_LITERAL_PATTERN = re.compile(r"\^?((?:[A-Za-z0-9_]|\\?\.)+)\$?")
+_KEY = re.compile(
+    r"base_model\.model\.(.+?)"
+    r"\.(lora_[AB]\.weight|lora_B\.bias|lora_magnitude_vector|base_layer\.bias|weight|bias)",
+    re.DOTALL,
+)
 _TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
-# Settings of PEFT's LoraConfig that change nothing about what a saved adapter computes.
-_HARMLESS = {
-    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
-    "exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform",
-    "lora_ga_config", "megatron_config", "megatron_core", "peft_type", "peft_version",
-    "qalora_group_size", "revision", "runtime_config", "target_modules", "task_type",
-}  # fmt: skip
-_UNDERSTOOD = {"r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern"}
-# Initial values drawn without touching the base; the others (pissa, olora, corda, loftq ...) change it.
-_PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
+_DTYPE_NAMES = {dtype: name for name, dtype in _TORCH_DTYPES.items()}
+
+
+class _Modules(NamedTuple):
+    """Paths of the layers with LoRA, and of the modules that were trained in full; in module order."""
+
+    lora: list[str]
+    saved: list[str]
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -66,39 +84,22 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
         TrainError: the model has no adapter, or one that is not finite.
         WriteError: the directory cannot be written.
     """
-    layers = dict(lora_layers(model))
-    if not layers:
+    if not any(True for _ in lora_layers(model)):
         raise TrainError(path, "the model has no adapter to save")
-    for name, layer in layers.items():
-        if not (layer.lora_A.isfinite().all() and layer.lora_B.isfinite().all()):
-            raise TrainError(path, "the adapter is not finite", tensor=name, remedy="lower the learning rate")
-    ranks = {name: layer.rank for name, layer in layers.items()}
-    alphas = {name: layer.alpha for name, layer in layers.items()}
-    rank, alpha = _most_common(ranks), _most_common(alphas)
-    first = next(iter(layers.values()))
-    config: dict[str, Any] = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "r": rank,
-        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
-        "lora_dropout": first.dropout,
-        "target_modules": _target_modules(model, list(layers)),
-        "bias": "none",
-        "inference_mode": True,
-    }
-    if first.rslora:
-        config["use_rslora"] = True
-    for key, values, usual in (("rank_pattern", ranks, rank), ("alpha_pattern", alphas, alpha)):
-        pattern = {name: value for name, value in values.items() if value != usual}
-        if pattern:
-            config[key] = pattern
     tensors: dict[str, AdapterTensor] = {}
-    for name, layer in layers.items():
-        for side, value in (("A", layer.lora_A), ("B", layer.lora_B)):
+    with torch.no_grad():
+        values = dict(_parts(model))
+        for name, layer in lora_layers(model):
+            values[_key(name, "lora_A.weight")] = torch.cat([A for A, _ in layer.pairs()])
+            values[_key(name, "lora_B.weight")] = torch.cat([B for _, B in layer.pairs()], dim=1)
+        for key, value in values.items():
+            if not value.isfinite().all():
+                name, remedy = key.removeprefix(_PREFIX), "lower the learning rate"
+                raise TrainError(path, "the adapter is not finite", tensor=name, remedy=remedy)
             data = value.detach().cpu().contiguous()
-            flat = data.numpy().reshape(-1).view(np.uint8)
-            tensors[f"{_PREFIX}{name}.lora_{side}.weight"] = (flat, "F32", tuple(data.shape))
-    write_adapter(path, config, tensors, _base_of(model))
+            flat = data.view(-1).view(torch.uint8).numpy()
+            tensors[key] = (flat, _DTYPE_NAMES[data.dtype], tuple(data.shape))
+    write_adapter(path, write_config(model), tensors, _base_of(model))
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike[str], *, force: bool = False) -> None:
@@ -116,33 +117,24 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], *, force: bool 
     """
     adapter = read_adapter(path)
     weights = Path(path) / WEIGHTS_NAME
-    if any(True for _ in lora_layers(model)):
+    if has_adapter(model):
         raise LoadError(path, "the model has an adapter already", remedy="load the model afresh")
     if not force:
         _check_base(model, adapter.metadata, weights)
-    linears = linear_names(model)
-    config = _read_config(adapter.config, Path(path) / CONFIG_NAME, linears)
-    pairs = _pair_up(adapter, weights)
-    _check_targets(adapter.config, pairs, linears, weights)
-    for name, pair in pairs.items():
-        rank = config.rank_of(name)
-        module: Any = model.get_submodule(name)
-        expected = {"A": (rank, module.in_features), "B": (module.out_features, rank)}
-        for side in "AB":
-            if tuple(pair[side].shape) != expected[side]:
-                raise LoadError(
-                    weights,
-                    "shape does not fit the model",
-                    tensor=_key(name, side),
-                    expected=list(expected[side]),
-                    got=list(pair[side].shape),
-                    remedy="use the base that the adapter was trained on",
-                )
-    attach_lora(model, [name for name in linears if name in pairs], config)
+    config = read_config(adapter.config, Path(path) / CONFIG_NAME, model)
+    modules = _modules_of(adapter, weights, model, config)
+    tensors = _read_tensors(adapter, weights, _expected_shapes(model, modules, config.lora))
+    saved = {name: _kept_dtype(tensors[_key(name, "weight")]) for name in modules.saved}
+    tied = _tied(model, tensors, modules.saved)
+    attach_lora(model, modules.lora, config.lora, saved=saved, tied=tied)
     with torch.no_grad():
-        for name, layer in lora_layers(model):
-            layer.lora_A.copy_(pairs[name]["A"])
-            layer.lora_B.copy_(pairs[name]["B"])
+        for key, parameter in _parts(model):
+            parameter.copy_(tensors[key])
+
+
+def _kept_dtype(value: Tensor) -> torch.dtype:
+    """Of a module that was trained in full: bf16 stays, as these are large."""
+    return torch.bfloat16 if value.dtype == torch.bfloat16 else torch.float32
 
 
 def _base_of(model: nn.Module) -> dict[str, str]:
@@ -171,133 +163,135 @@ def _check_base(model: nn.Module, metadata: dict[str, str], weights: Path) -> No
     )
 
 
-def _read_config(config: dict[str, Any], file: Path, linears: list[str]) -> LoraConfig:
-    bias = config.get("bias", "none")
-    if bias != "none":
-        raise LoadError(file, "trained biases are not supported", expected="bias 'none'", got=_shown(bias))
-    init = config.get("init_lora_weights", True)
-    if init is not None and init not in _PLAIN_INITS:
-        raise LoadError(
-            file,
-            "initial values that change the base are not supported",
-            got=f"init_lora_weights {_shown(init)}",
-            remedy="convert it to a plain LoRA adapter with PEFT (path_initial_model_for_weight_conversion)",
-        )
-    for key, value in config.items():
-        if key not in _HARMLESS | _UNDERSTOOD | {"bias"} and value:
-            raise LoadError(
-                file,
-                f"{_shown(key)} is not supported",
-                got=_shown(value),
-                remedy="only plain LoRA on linear layers can be loaded",
-            )
-    dropout = config.get("lora_dropout") or 0.0
-    rslora = config.get("use_rslora") or False
-    if not isinstance(dropout, (int, float)) or not isinstance(rslora, bool):
-        raise LoadError(
-            file, "bad settings", got=f"lora_dropout {_shown(dropout)}, use_rslora {_shown(rslora)}"
-        )
-    try:
-        return LoraConfig(
-            rank=config["r"],
-            alpha=config["lora_alpha"],
-            dropout=dropout,
-            rslora=rslora,
-            ranks=_read_pattern(config, "rank_pattern", int, file, linears),
-            alphas=_read_pattern(config, "alpha_pattern", (int, float), file, linears),
-        )
-    except TrainError as error:
-        raise LoadError(file, str(error)) from None
-
-
-def _read_pattern(
-    config: dict[str, Any], key: str, kind: type | tuple[type, ...], file: Path, linears: list[str]
-) -> dict[str, Any]:
-    """PEFT's pattern -> value as path -> value. The first pattern that is a path's last parts decides.
-
-    PEFT's patterns are regular expressions; only literal names are taken, with or without `^`.
-    """
-    patterns = config.get(key) or {}
-    if not isinstance(patterns, dict):
-        raise LoadError(file, key, expected="an object", got=_shown(patterns))
-    values: dict[str, Any] = {}
-    for pattern, value in patterns.items():
-        literal = _LITERAL_PATTERN.fullmatch(pattern)
-        if literal is None:
-            raise LoadError(
-                file, f"{key} {_shown(pattern)} is not supported", remedy="only literal module names are"
-            )
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise LoadError(file, f"{key} {_shown(pattern)}", expected="a number", got=_shown(value))
-        name = literal[1].replace("\\", "")
-        for path in linears:
-            if path == name or (path.endswith(f".{name}") and not pattern.startswith("^")):
-                values.setdefault(path, value)
-    return values
-
-
-def _pair_up(adapter: Adapter, weights: Path) -> dict[str, dict[str, Tensor]]:
-    """Module path -> {"A": [R, I], "B": [O, R]}, fp32."""
-    pairs: dict[str, dict[str, Tensor]] = {}
-    for key, (data, dtype, shape) in adapter.tensors.items():
+def _modules_of(adapter: Adapter, weights: Path, model: nn.Module, config: PeftConfig) -> _Modules:
+    """Which modules the tensors are for; every tensor's name is one that the config has a use for."""
+    linears, savable = set(linear_names(model)), set(savable_names(model))
+    bias = config.lora.bias
+    pairs: dict[str, None] = {}
+    saved: dict[str, None] = dict.fromkeys(config.saved)
+    for key in adapter.tensors:
         found = _KEY.fullmatch(key)
-        if found is None:
+        name, part = (found[1], found[2]) if found else ("", "")
+        is_expected = {
+            "lora_A.weight": True,
+            "lora_B.weight": True,
+            "lora_B.bias": config.lora.lora_bias,
+            "lora_magnitude_vector": config.lora.dora,
+            "base_layer.bias": bias != "none",
+            "bias": bias == "all" or name in saved,
+            "weight": name in saved or name.rpartition(".")[2] in EMBEDDINGS,
+        }.get(part, False)
+        if not is_expected:
             raise LoadError(
                 weights,
                 "unknown tensor",
                 tensor=key,
-                expected=f"names like {_key('<layer>', 'A')}",
-                remedy="only plain LoRA on linear layers can be loaded",
+                expected=f"names like {_key('<layer>', 'lora_A.weight')}",
+                remedy="only LoRA and DoRA on linear layers, and modules_to_save, can be loaded",
             )
+        known, kind = (savable, "module") if part in ("weight", "bias") else (linears, "linear layer")
+        if name not in known:
+            remedy = "use the base that the adapter was trained on"
+            raise LoadError(weights, f"the model has no such {kind}", tensor=key, remedy=remedy)
+        if part == "weight":
+            saved.setdefault(name)
+        elif part != "bias":
+            pairs.setdefault(name)
+    for name in config.targets:
+        if name not in pairs and name not in saved:
+            raise _missing(weights, _key(name, "lora_A.weight"))
+    both = next((name for name in pairs if name in saved), None)
+    if both is not None:
+        raise LoadError(weights, "a module with LoRA that is also trained in full", tensor=both)
+    return _Modules(
+        [n for n in linear_names(model) if n in pairs], [n for n in savable_names(model) if n in saved]
+    )
+
+
+def _expected_shapes(model: nn.Module, modules: _Modules, config: LoraConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor that the adapter has to hold."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in modules.lora:
+        base: Any = model.get_submodule(name)
+        rank = config.rank_of(name)
+        shapes[_key(name, "lora_A.weight")] = (rank, base.in_features)
+        shapes[_key(name, "lora_B.weight")] = (base.out_features, rank)
+        rows = {
+            "lora_B.bias": config.lora_bias,
+            "lora_magnitude_vector": config.dora,
+            "base_layer.bias": config.bias != "none" and base.bias is not None,
+        }
+        shapes |= {_key(name, part): (base.out_features,) for part, is_there in rows.items() if is_there}
+    for name in modules.saved:
+        base = model.get_submodule(name)
+        shapes[_key(name, "weight")] = weight_shape(base)
+        if getattr(base, "bias", None) is not None:
+            shapes[_key(name, "bias")] = tuple(base.bias.shape)
+    for name in linear_names(model) if config.bias == "all" else ():
+        base = model.get_submodule(name)
+        if name not in modules.lora and name not in modules.saved and base.bias is not None:
+            shapes[_key(name, "bias")] = (base.out_features,)
+    return shapes
+
+
+def _read_tensors(adapter: Adapter, weights: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """The tensors, in their dtype, each of the shape that is expected, all finite."""
+    missing = next((key for key in shapes if key not in adapter.tensors), None)
+    if missing is not None:
+        raise _missing(weights, missing)
+    tensors: dict[str, Tensor] = {}
+    for key, (data, dtype, shape) in adapter.tensors.items():
+        if key not in shapes:
+            raise LoadError(weights, "the model's layer has no such part", tensor=key)
         if dtype not in _TORCH_DTYPES:
             raise LoadError(weights, "dtype", tensor=key, expected=" or ".join(_TORCH_DTYPES), got=dtype)
-        value = torch.from_numpy(data).view(_TORCH_DTYPES[dtype]).float().reshape(shape)
-        if not value.isfinite().all():
-            raise LoadError(weights, "not finite", tensor=key, remedy="the training of this adapter failed")
-        pairs.setdefault(found[1], {})[found[2]] = value
-    return pairs
-
-
-def _check_targets(
-    config: dict[str, Any], pairs: dict[str, dict[str, Tensor]], linears: list[str], weights: Path
-) -> None:
-    """Every tensor has a layer and its other half, and every layer the config names has tensors."""
-    for name, pair in pairs.items():
-        if name not in linears:
+        if tuple(shape) != shapes[key]:
             raise LoadError(
                 weights,
-                "the model has no such linear layer",
-                tensor=_key(name, next(iter(pair))),
+                "shape does not fit the model",
+                tensor=key,
+                expected=list(shapes[key]),
+                got=list(shape),
                 remedy="use the base that the adapter was trained on",
             )
-        for side in "AB":
-            if side not in pair:
-                raise LoadError(weights, "missing", tensor=_key(name, side), remedy="save the adapter again")
-    targets = config.get("target_modules")
-    narrowed = any(config.get(key) for key in ("exclude_modules", "layers_to_transform"))
-    if isinstance(targets, list) and not narrowed:
-        for name in linears:
-            wanted = any(isinstance(t, str) and (name == t or name.endswith(f".{t}")) for t in targets)
-            if wanted and name not in pairs:
-                raise LoadError(weights, "missing", tensor=_key(name, "A"), remedy="save the adapter again")
+        value = torch.from_numpy(data).view(_TORCH_DTYPES[dtype]).reshape(shape)
+        if not value.isfinite().all():
+            raise LoadError(weights, "not finite", tensor=key, remedy="the training of this adapter failed")
+        tensors[key] = value
+    return tensors
 
 
-def _target_modules(model: nn.Module, names: list[str]) -> list[str]:
-    """Names by which PEFT finds exactly these layers: last parts where they suffice, else whole paths."""
-    leaves = {name.rpartition(".")[2] for name in names}
-    reached = [name for name in linear_names(model) if name.rpartition(".")[2] in leaves]
-    return sorted(leaves) if reached == names else names
+def _tied(model: nn.Module, tensors: dict[str, Tensor], saved: list[str]) -> list[str]:
+    """Embeddings that the model ties, where the adapter holds the same weight for both."""
+    names = tied_embeddings(model)
+    if len(names) != 2 or not set(names) <= set(saved):
+        return []
+    first, second = (tensors[_key(name, "weight")] for name in names)
+    return names if first.dtype == second.dtype and torch.equal(first, second) else []
 
 
-def _most_common(values: dict[str, Any]) -> Any:
-    return Counter(values.values()).most_common(1)[0][0]
+def _parts(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What trains, under PEFT's names; a pair as it is, without the fixed one."""
+    for name, layer in lora_layers(model):
+        yield _key(name, "lora_A.weight"), layer.lora_A
+        yield _key(name, "lora_B.weight"), layer.lora_B
+        optional = {
+            "lora_B.bias": layer.lora_bias,
+            "lora_magnitude_vector": layer.lora_magnitude,
+            "base_layer.bias": layer.bias,
+        }
+        yield from ((_key(name, part), value) for part, value in optional.items() if value is not None)
+    for name, biased in biased_layers(model):
+        yield _key(name, "bias"), biased.bias
+    for name, module in saved_modules(model):
+        yield _key(name, "weight"), module.weight
+        if module.bias is not None:
+            yield _key(name, "bias"), module.bias
 
 
-def _key(name: str, side: str) -> str:
-    return f"{_PREFIX}{name}.lora_{side}.weight"
+def _missing(weights: Path, key: str) -> LoadError:
+    return LoadError(weights, "missing", tensor=key, remedy="save the adapter again")
 
 
-def _shown(value: object) -> str:
-    """A value from an untrusted config for a message, cut at 80 characters."""
-    text = json.dumps(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+def _key(name: str, part: str) -> str:
+    return f"{_PREFIX}{name}.{part}"

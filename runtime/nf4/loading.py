@@ -23,8 +23,9 @@ from nf4format.container import Nf4File
 from .device import resolve
 from .errors import LoadError
 from .model.config import ModelConfig
-from .model.decoder import CausalLM, RMSNorm
+from .model.decoder import CausalLM
 from .model.linear import PACKED_PARTS, KeptEmbedding, KeptLinear, NF4Embedding, NF4Linear
+from .model.norm import RMSNorm
 from .weights import Weights
 
 if TYPE_CHECKING:

@@ -158,7 +158,8 @@ def test_nothing_or_numbers_gone_wrong_are_not_saved(ours: CausalLM, tmp_path: P
     trained(ours, LoraConfig(rank=4))
     next(lora_layers(ours))[1].lora_A.data[0, 0] = torch.nan
     with pytest.raises(
-        TrainError, match=r"a: tensor 'model.layers.0.self_attn.q_proj': the adapter is not finite"
+        TrainError,
+        match=r"a: tensor '.*layers.0.self_attn.q_proj.lora_A.weight': the adapter is not finite",
     ):
         save_adapter(ours, tmp_path / "a")
     assert not (tmp_path / "a").exists()
@@ -175,23 +176,41 @@ def adapter_path(ours: CausalLM, small_config: dict[str, Any], tmp_path: Path) -
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"use_dora": True}, r'"use_dora" is not supported, got true; only plain LoRA'),
-        ({"modules_to_save": ["lm_head"]}, r'"modules_to_save" is not supported'),
+        ({"use_qalora": True}, r'"use_qalora" is not supported, got true; only LoRA and DoRA on linear'),
+        ({"use_dora": True}, r"q_proj.lora_magnitude_vector': missing"),
+        ({"use_dora": 1}, r"bad use_dora, got 1"),
+        ({"use_dora": True, "lora_bias": True}, r"DoRA has no bias of B"),
+        ({"lora_bias": True}, r"q_proj.lora_B.bias': missing"),
+        ({"modules_to_save": ["lm_head"]}, r"model.lm_head.weight': missing"),
+        ({"modules_to_save": ["score"]}, r'modules_to_save "score": the model has no such module'),
+        (
+            {"modules_to_save": ["mlp"]},
+            r'modules_to_save "model.layers.0.mlp" is not supported, expected',
+        ),
+        ({"modules_to_save": "lm_head"}, r'modules_to_save, expected a list of names, got "lm_head"'),
+        ({"modules_to_save": [""]}, r"modules_to_save, expected a list of names"),
+        ({"modules_to_save": ["x"] * 20000}, r"modules_to_save: too many entries"),
+        ({"modules_to_save": ["q_proj"]}, r"q_proj': a module with LoRA that is also trained in full"),
         ({"a_new_idea": 3}, r'"a_new_idea" is not supported, got 3'),
         ({"fan_in_fan_out": True}, r'"fan_in_fan_out" is not supported'),
-        ({"bias": "all"}, r"trained biases are not supported, expected bias 'none', got \"all\""),
+        ({"bias": "some"}, r'bias, expected one of none, all, lora_only, got "some"'),
+        ({"bias": ["all"]}, r'bias, expected one of none, all, lora_only, got \["all"\]'),
         (
             {"init_lora_weights": "pissa"},
             r'initial values that change the base are not supported, got .*"pissa"; conv',
         ),
         (
-            {"rank_pattern": {"(a+)+": 3}},
-            r'rank_pattern "\(a\+\)\+" is not supported; only literal module names',
+            {"rank_pattern": {"(?=a)": 3}},
+            r"""rank_pattern "\(\?=a\)": '\(\?' is not supported""",
         ),
+        ({"rank_pattern": {"(a{900}){900}": 3}}, r"too large an expression"),
+        ({"rank_pattern": {f"[q]_{i}+": 3 for i in range(200)}}, r"too many, or too large, regular expr"),
+        ({"rank_pattern": {"[qk]_pro(j|k)": 3}}, r"expected \[3, 32\], got \[4, 32\]"),
+        ({"lora_alpha": 10**400}, r"bad LoRA alpha"),
         ({"rank_pattern": {"q_proj": "3"}}, r'rank_pattern "q_proj", expected a number, got "3"'),
         ({"rank_pattern": {"q_proj": 0}}, r"bad LoRA rank, expected at least 1, got 0"),
         ({"alpha_pattern": [3]}, r"alpha_pattern, expected an object, got \[3\]"),
-        ({"lora_dropout": "0"}, r"bad settings"),
+        ({"lora_dropout": "0"}, r'bad lora_dropout, got "0"'),
         ({"lora_dropout": 2}, r"bad LoRA dropout"),
         ({"r": 5}, r"q_proj.lora_A.weight': shape does not fit the model, expected \[5, 32\], got \[4, 32\]"),
         ({"target_modules": ["q_proj", "v_proj"]}, r"v_proj.lora_A.weight': missing; save the adapter again"),
@@ -227,7 +246,7 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         ),
         (
             lambda t: t.update({"base_model.model.lm_head.weight": t[Q0].clone()}),
-            r"lm_head.weight': unknown tensor, expected",
+            r"lm_head.weight': shape does not fit the model, expected \[320, 32\], got \[4, 32\]",
         ),
         (lambda t: t.update({Q0: t[Q0][:, :-1].contiguous()}), r"expected \[4, 32\], got \[4, 31\]"),
         (lambda t: t.update({Q0: t[Q0].to(torch.int32)}), r"dtype, expected F32 or F16 or BF16, got I32"),

@@ -35,14 +35,17 @@ def packed(request: pytest.FixtureRequest, make_packed: Callable[..., Path]) -> 
     return make_packed(family, **overrides, **arguments)
 
 
-def prepared(path: Path, device: str, dtype: str, targets: Any = "all-linear") -> CausalLM:
-    """With an adapter whose B is not zero."""
+def prepared(
+    path: Path, device: str, dtype: str, targets: Any = "all-linear", settings: dict[str, Any] | None = None
+) -> CausalLM:
+    """With an adapter whose B is not what it was at first."""
     model = nf4.load(path, device=device, dtype=dtype)
-    add_lora(model, LoraConfig(rank=3, alpha=5, targets=targets))
+    add_lora(model, LoraConfig(rank=3, alpha=5, targets=targets, **(settings or {})))
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if name.endswith("lora_B"):
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+            changes = torch.randn(parameter.shape, generator=generator) * 0.1
+            parameter.data += changes.to(device, parameter.dtype)
     model.gradient_checkpointing = True
     return model.train()
 
@@ -133,6 +136,100 @@ def test_layers_that_train_otherwise_are_left_to_autograd(packed: Path) -> None:
     add_lora(model, LoraConfig(rank=2, alpha=2, dropout=0.1))
     assert layer_step.can_step(layer.eval())
     assert not layer_step.can_step(layer.train())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"dora": True},
+        {"lora_bias": True},
+        {"bias": "lora_only"},
+        {"bias": "all", "targets": ("down_proj",)},
+        {"modules_to_save": ("layers.0.input_layernorm",)},
+        {"modules_to_save": ("layers.0.self_attn.k_proj",)},
+    ],
+    ids=str,
+)
+def test_adapters_that_train_more_than_a_pair_are_left_to_autograd(
+    settings: dict[str, Any], make_packed: Callable[..., Path]
+) -> None:
+    model = nf4.load(make_packed("qwen2"), device="cpu", dtype="float32")
+    add_lora(model, LoraConfig(rank=2, **settings))
+    layer = model.model.layers[0]
+    assert isinstance(layer, DecoderLayer)
+    assert not layer_step.can_step(layer)
+
+
+# Values out of the weight leave a fixed pair beside the one that trains: both go by hand.
+FAST = [
+    ({"init": "olora"}, 2e-5),
+    ({"dtype": "bfloat16"}, 2e-2),
+    ({"init": "pissa", "dtype": "bfloat16"}, 2e-2),
+]
+
+
+@pytest.mark.parametrize(("settings", "tolerance"), FAST)
+def test_fixed_pairs_and_bf16_adapters_go_by_hand(
+    settings: dict[str, Any],
+    tolerance: float,
+    make_packed: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(layer_step, "ROWS", 7)
+    model = prepared(make_packed("qwen2"), "cpu", "float32", settings=settings)
+    expected = gradients(model, input_ids=ids(3, 11))
+    by_hand(monkeypatch)
+    ours = gradients(model, input_ids=ids(3, 11))
+    assert {name: g.dtype for name, g in ours.items()} == {name: g.dtype for name, g in expected.items()}
+    assert largest_difference(ours, expected) < tolerance
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(("settings", "tolerance"), FAST)
+def test_fixed_pairs_and_bf16_adapters_on_a_gpu(
+    settings: dict[str, Any],
+    tolerance: float,
+    make_packed: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(layer_step, "ROWS", 64)
+    model = prepared(make_packed("qwen2"), "cuda", "float32", settings=settings)
+    tokens = ids(3, 50, device="cuda")
+    with monkeypatch.context() as patch:
+        by_modules(patch)
+        expected = gradients(model, input_ids=tokens)
+    assert largest_difference(gradients(model, input_ids=tokens), expected) < tolerance
+    model.capture_graphs = True
+    for _ in range(4):
+        model.zero_grad(set_to_none=False)
+        assert largest_difference(kept_gradients(model, tokens), expected) < tolerance
+    assert model.model._graphs._recorded
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"dora": True, "init": "olora"},
+        {"dora": True, "dropout": 0.5},
+        {"lora_bias": True, "bias": "all"},
+        {"modules_to_save": ("embed_tokens", "lm_head", "*norm", "layers.0.self_attn.k_proj")},
+    ],
+    ids=str,
+)
+def test_other_adapters_on_a_gpu_equal_the_cpu(
+    settings: dict[str, Any], checkpointing: bool, make_packed: Callable[..., Path]
+) -> None:
+    path = make_packed("qwen2")
+    results = []
+    for device in ("cpu", "cuda"):
+        model = prepared(path, device, "float32", settings=settings)
+        model.gradient_checkpointing = checkpointing
+        if settings.get("dropout"):
+            model.eval()
+        results.append(gradients(model, input_ids=ids(3, 50, device=device)))
+    assert largest_difference({name: g.cpu() for name, g in results[1].items()}, results[0]) < 1e-3
 
 
 def check_packing(model: CausalLM, device: str, tolerance: float) -> None:

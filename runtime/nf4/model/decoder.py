@@ -25,23 +25,12 @@ from .config import ModelConfig
 from .layer_graphs import LayerGraphs
 from .layer_step import Context, LayerStep, can_step, stepped
 from .linear import project
+from .norm import RMSNorm
 
 if TYPE_CHECKING:
     from nf4format.container import Nf4File
 
 LinearFactory = Callable[..., nn.Module]  # (in_features, out_features, bias=...) -> a module with forward(x)
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, the mean of squares in fp32 (arXiv 1910.07467)."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(size))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 def rotary_frequencies(config: ModelConfig) -> Tensor:
@@ -180,7 +169,7 @@ class Decoder(nn.Module):
             position_ids = segments.positions()
         elif position_ids is None:
             position_ids = _positions(attention_mask, past, new, input_ids.device)
-        compute_dtype = self.norm.weight.dtype
+        compute_dtype = self.norm.dtype
         x_BTH = self.embed_tokens(input_ids).to(compute_dtype)
 
         if self.frequencies.device != x_BTH.device:
@@ -312,7 +301,7 @@ class CausalLM(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of activations, that of the norms."""
-        return self.model.norm.weight.dtype
+        return self.model.norm.dtype
 
     @property
     def device(self) -> torch.device:

@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from ..ops import fused
 from .attention import Seen, attend, rotate
 from .checkpoints import Checkpoints
+from .norm import RMSNorm
 from .shared_input import SharedInput, can_share
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ def can_step(layer: DecoderLayer) -> bool:
     norms = [layer.input_layernorm, layer.post_attention_layernorm]
     if layer.self_attn.has_qk_norm:
         norms += [layer.self_attn.q_norm, layer.self_attn.k_norm]
-    return can_share(_linears(layer)) and not any(norm.weight.requires_grad for norm in norms)
+    are_frozen = all(isinstance(norm, RMSNorm) and not norm.weight.requires_grad for norm in norms)
+    return are_frozen and can_share(_linears(layer))
 
 
 def stepped(x_BTH: Tensor, step: LayerStep, context: Context, checkpoints: Checkpoints | None) -> Tensor:
@@ -80,7 +82,8 @@ class _Step(torch.autograd.Function):
     def backward(ctx: Any, grad_BTH: Tensor) -> tuple[Tensor | None, ...]:
         x_BTH = ctx.input.take()
         kept, ctx.kept = ctx.kept, None
-        gradients = [torch.empty_like(parameter) for parameter in ctx.step.parameters]
+        parameters = ctx.step.parameters
+        gradients = [torch.empty_like(parameter, dtype=torch.float32) for parameter in parameters]
         with torch.cuda.device_of(grad_BTH):
             grad_x = ctx.step.backward(
                 x_BTH,
@@ -91,7 +94,8 @@ class _Step(torch.autograd.Function):
                 add=False,
                 wants_grad_x=ctx.needs_input_grad[0],
             )
-        return grad_x, None, None, None, *gradients
+        rounded = [gradient.to(p.dtype) for gradient, p in zip(gradients, parameters, strict=True)]
+        return grad_x, None, None, None, *rounded
 
 
 class _Attended(NamedTuple):
@@ -169,7 +173,7 @@ class LayerStep:
     ) -> Tensor | None:
         """Gradient of x, from what forward took and kept, and its output's gradient.
 
-        gradients: fp32, of `parameters`; written, or added to.
+        gradients: of `parameters`, fp32 or in their dtype; written, or added to.
         """
         x_MH, grad_y_MH = x_BTH.flatten(0, 1), grad_BTH.flatten(0, 1)
         of_qkv, of_o, of_mlp = self._split(gradients)

@@ -89,8 +89,12 @@ class NF4Linear(_PackedLayer):
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = torch.ops.nf4.linear(x, *self.packed(), self.out_features)
+        y = self.product(x)
         return y if self.bias is None else y + self.bias
+
+    def product(self, x: Tensor) -> Tensor:
+        """x @ W.T, without the bias."""
+        return torch.ops.nf4.linear(x, *self.packed(), self.out_features)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The whole weight, decoded: [out_features, in_features]."""
@@ -156,8 +160,14 @@ class KeptLinear(_FrozenLayer):
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype == self.weight.dtype == ops.matmul_dtype(x.dtype, x.device):
             return F.linear(x, self.weight, self.bias)
-        y = _ConvertedProduct.apply(x, self.weight)
+        y = self.product(x)
         return y if self.bias is None else y + self.bias
+
+    def product(self, x: Tensor) -> Tensor:
+        """x @ W.T, without the bias."""
+        if x.dtype == self.weight.dtype == ops.matmul_dtype(x.dtype, x.device):
+            return F.linear(x, self.weight)
+        return _ConvertedProduct.apply(x, self.weight)
 
     def extra_repr(self) -> str:
         shape = f"in_features={self.in_features}, out_features={self.out_features}"

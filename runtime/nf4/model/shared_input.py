@@ -11,14 +11,15 @@ that they ride along in the large products:
          | A_2                  |
 
 Who owns the input or the gradient leaves R columns of room behind it; `room` is the width of that room. The
-adapters are fp32 masters, rounded to the dtype of the activations once a matrix; their gradients come out of
-products in that dtype and are added up in fp32.
+adapters are fp32 or bf16 masters, rounded to the dtype of the activations once a matrix; their gradients come
+out of products in that dtype and are added up in fp32. The fixed pair of an adapter whose initial values came
+out of the weight stands there like an adapter of its own, without gradients.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,21 @@ from .linear import KeptLinear, NF4Linear
 ROOM_ALIGNMENT = 64
 
 
+class _Place(NamedTuple):
+    """A pair A, B of an adapter, and where its outputs and its ranks begin."""
+
+    layer: LoRALinear
+    lora_A: Tensor
+    lora_B: Tensor
+    row: int
+    first_rank: int
+    trains: bool
+
+    @property
+    def rank(self) -> int:
+        return len(self.lora_A)
+
+
 class SharedInput:
     """Layers over one input: NF4Linear or KeptLinear, plain or under a LoRALinear.
 
@@ -45,17 +61,20 @@ class SharedInput:
         self._layers: list[Any] = [layer.base if isinstance(layer, LoRALinear) else layer for layer in layers]
         self.inputs = int(self._layers[0].in_features)
         self._first_rows: list[int] = []
-        self._places: list[tuple[LoRALinear, int, int]] = []  # adapter, its first row and rank
+        self._places: list[_Place] = []
         self.outputs = ranks = 0
         for layer, base in zip(layers, self._layers, strict=True):
             if isinstance(layer, LoRALinear):
-                self._places.append((layer, self.outputs, ranks))
-                ranks += layer.rank
+                for i, (lora_A, lora_B) in enumerate(layer.pairs()):
+                    self._places.append(_Place(layer, lora_A, lora_B, self.outputs, ranks, trains=i == 0))
+                    ranks += len(lora_A)
             self._first_rows.append(self.outputs)
             self.outputs += int(base.out_features)
         self._decoders: list[RowDecoder | None] = [None] * len(self._layers)
         self.room = -(-ranks // ROOM_ALIGNMENT) * ROOM_ALIGNMENT
-        self.parameters = [p for layer, *_ in self._places for p in (layer.lora_A, layer.lora_B)]
+        self._trained = [place for place in self._places if place.trains]
+        self.parameters = [p for place in self._trained for p in (place.layer.lora_A, place.layer.lora_B)]
+        self._are_fp32 = all(place.lora_A.dtype == torch.float32 for place in self._places)
 
     def matrix(self, like: Tensor) -> Tensor:
         """[N + R, K + R] on the device and in the dtype of the activations; R x R of it mean nothing."""
@@ -107,7 +126,7 @@ class SharedInput:
         """Gradients of the adapters over these rows, written or added.
 
         Args:
-            gradients: fp32, of `parameters`, in their order.
+            gradients: of `parameters`, in their order; fp32, or where the parameters are bf16 also bf16.
             x_MK: the input. thin_MR: x A^T.
             grad_ML: gy, and gy B behind it.
         """
@@ -115,20 +134,20 @@ class SharedInput:
             return
         grad_A_RK = grad_ML[:, self.outputs :].T @ x_MK
         grad_B_RN = thin_MR.T @ grad_ML[:, : self.outputs]
-        if x_MK.is_cuda:
+        if x_MK.is_cuda and all(gradient.dtype == torch.float32 for gradient in gradients):
             pairs = zip(gradients[::2], gradients[1::2], strict=True)
             places = [(grad_A.data_ptr(), grad_B.data_ptr()) for grad_A, grad_B in pairs]
             matrices = (grad_A_RK.data_ptr(), grad_B_RN.data_ptr(), self.outputs, self.inputs)
             kernels().lora_unpack(
-                self._adapters(), places, *matrices, add, DTYPE_CODES[x_MK.dtype], stream_of(x_MK)
+                _adapters(self._trained), places, *matrices, add, DTYPE_CODES[x_MK.dtype], stream_of(x_MK)
             )
             return
-        for i, (layer, row, rank) in enumerate(self._places):
-            own_A = grad_A_RK[rank : rank + layer.rank]
-            own_B = grad_B_RN[rank : rank + layer.rank, row : row + layer.out_features].T
+        for i, place in enumerate(self._trained):
+            ranks = slice(place.first_rank, place.first_rank + place.rank)
+            own_A, own_B = grad_A_RK[ranks], grad_B_RN[ranks, place.row : place.row + len(place.lora_B)].T
             for gradient, own, scaling in (
                 (gradients[2 * i], own_A, 1.0),
-                (gradients[2 * i + 1], own_B, layer.scaling),
+                (gradients[2 * i + 1], own_B, place.layer.scaling),
             ):
                 if add:
                     gradient.add_(own, alpha=scaling)
@@ -142,42 +161,49 @@ class SharedInput:
         return known
 
     def _place_adapters(self, matrix: Tensor) -> None:
-        if matrix.is_cuda:
+        if matrix.is_cuda and self._are_fp32:
             sizes = (self.outputs, self.inputs, self.room, DTYPE_CODES[matrix.dtype])
             kernels().lora_pack(
-                self._adapters(), matrix.data_ptr(), matrix.stride(0), *sizes, stream_of(matrix)
+                _adapters(self._places), matrix.data_ptr(), matrix.stride(0), *sizes, stream_of(matrix)
             )
             return
         matrix[: self.outputs, self.inputs :] = 0
         matrix[self.outputs :, : self.inputs] = 0
-        for layer, row, rank in self._places:
-            columns = slice(self.inputs + rank, self.inputs + rank + layer.rank)
-            matrix[row : row + layer.out_features, columns] = layer.lora_B * layer.scaling
-            matrix[self.outputs + rank : self.outputs + rank + layer.rank, : self.inputs] = layer.lora_A
+        for place in self._places:
+            row, rank = place.row, place.first_rank
+            columns = slice(self.inputs + rank, self.inputs + rank + place.rank)
+            scaled_B = place.lora_B.float() * place.layer.scaling
+            matrix[row : row + len(place.lora_B), columns] = scaled_B
+            matrix[self.outputs + rank : self.outputs + rank + place.rank, : self.inputs] = place.lora_A
 
-    def _adapters(self) -> list[tuple[int, int, int, int, int, int, float]]:
-        return [
-            (
-                layer.lora_A.data_ptr(),
-                layer.lora_B.data_ptr(),
-                row,
-                layer.out_features,
-                rank,
-                layer.rank,
-                layer.scaling,
-            )
-            for layer, row, rank in self._places
-        ]
+
+def _adapters(places: Sequence[_Place]) -> list[tuple[int, int, int, int, int, int, float]]:
+    """As the kernels take them."""
+    return [
+        (
+            place.lora_A.data_ptr(),
+            place.lora_B.data_ptr(),
+            place.row,
+            len(place.lora_B),
+            place.first_rank,
+            place.rank,
+            place.layer.scaling,
+        )
+        for place in places
+    ]
 
 
 def can_share(layers: Sequence[nn.Module]) -> bool:
-    """Whether `SharedInput` computes these layers: frozen weights, adapters in fp32 without dropout."""
+    """Whether `SharedInput` computes these layers.
+
+    Weights are frozen; of an adapter A and B are all that trains, without dropout. So adapters with trained
+    biases or magnitudes, and layers that train in full, go by their modules.
+    """
     return all(_is_known(layer) for layer in layers)
 
 
 def _is_known(layer: nn.Module) -> bool:
     if isinstance(layer, LoRALinear):
         drops = layer.training and layer.dropout > 0
-        is_fp32 = layer.lora_A.dtype == layer.lora_B.dtype == torch.float32
-        return not drops and is_fp32 and _is_known(layer.base)
+        return not drops and layer.trains_pair_only and _is_known(layer.base)
     return isinstance(layer, (NF4Linear, KeptLinear))
