@@ -18,6 +18,7 @@ from nf4.lora.attach import saved_modules
 from nf4.model.config import ModelConfig
 from nf4.model.decoder import CausalLM
 from nf4.model.linear import NF4Embedding, NF4Linear
+from nf4.training.loss import backward_loss, labelled_positions
 from qcompile.options import CompileOptions
 from qcompile.pipeline import compile_checkpoint
 
@@ -406,6 +407,50 @@ def test_bf16_adapters_of_every_part(small_config: dict[str, Any], tmp_path: Pat
     assert {value.dtype for value in tensors.values()} == {torch.bfloat16}
     load_adapter(again, tmp_path / "a")
     torch.testing.assert_close(again(IDS), ours(IDS), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"targets": ("lm_head", "q_proj"), "dora": True},
+        {"targets": ("lm_head", "q_proj"), "lora_bias": True, "init": "olora"},
+        {"modules_to_save": ("lm_head", "embed_tokens", "model.norm")},
+    ],
+    ids=str,
+)
+def test_the_chunked_loss_trains_every_kind_of_head(
+    settings: dict[str, Any], small_config: dict[str, Any]
+) -> None:
+    """It puts gradients in the place of logits: no backward of a head may need these."""
+    model = same_in_ours(small_config, transformers_model(small_config))
+    add_lora(model, LoraConfig(rank=4, **settings))
+    moved(model)
+    loss = torch.nn.functional.cross_entropy(model(IDS)[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
+    loss.backward()
+    expected = {name: gradient.clone() for name, gradient in gradients(model).items()}
+    model.zero_grad()
+    states, targets = labelled_positions(model.hidden_states(IDS), IDS)
+    total = backward_loss(model.head, states, targets, 320, scale=1 / len(targets))
+    torch.testing.assert_close(total.item() / len(targets), loss.item(), rtol=1e-5, atol=1e-5)
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-6)
+
+
+def test_embeddings_saved_beside_lora_replace_the_bases_as_in_peft(
+    small_config: dict[str, Any], tmp_path: Path
+) -> None:
+    """PEFT writes them where it takes the vocabulary for changed, without a word in the config."""
+    import peft
+
+    base = transformers_model(small_config)
+    ours = same_in_ours(small_config, base)
+    settings = {"target_modules": ["q_proj"], "init_lora_weights": False}
+    theirs = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **settings)).eval()
+    with torch.no_grad():
+        theirs.base_model.model.model.embed_tokens.weight.add_(0.1)
+    theirs.save_pretrained(tmp_path, save_embedding_layers=True)
+    load_adapter(ours, tmp_path)
+    torch.testing.assert_close(ours(IDS), theirs(IDS).logits, rtol=1e-4, atol=1e-5)
 
 
 def test_norms_of_dora_are_kept_in_evaluation_only(small_config: dict[str, Any]) -> None:

@@ -79,7 +79,7 @@ class LoRALinear(nn.Module):
             lora_B = torch.empty(self.out_features, rank, dtype=dtype, device=device)
         else:
             drawn = initial_values(init, base, rank, self.scaling, generator)
-            lora_A, lora_B = drawn.lora_A.to(device, dtype), drawn.lora_B.to(device, dtype)
+            lora_A, lora_B = (value.to(device, dtype).contiguous() for value in drawn[:2])
             if drawn.is_of_weight:
                 self.fixed_A, self.fixed_B = lora_A.clone(), -lora_B
         self.lora_A, self.lora_B = nn.Parameter(lora_A), nn.Parameter(lora_B)
