@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from nf4.paging.fused_adamw import ChunkTables, Piece, Setting
+from nf4.paging.fused_adamw import ChunkTables, Setting
+from nf4.paging.layout import Piece, StateLayout
 from nf4format import blocks
 from nf4format.blocks import Dtype, PackedTensor
 from nf4format.codebook import NESTED_MAP, NF4_LEVELS
@@ -292,7 +293,7 @@ def test_adamw_against_torch(count: int, parameter: torch.dtype, gradient: torch
         optimizer = torch.optim.AdamW([reference], lr=1e-2, weight_decay=0.1, foreach=False)
         page = torch.zeros(8 * (count + shift), dtype=torch.uint8, device="cuda")
         m, v = (row[shift:] for row in page.view(torch.float32).view(2, -1))
-        tables = ChunkTables([ours], [[Piece(0, 0, count, shift)]], count + shift)
+        tables = ChunkTables([ours], StateLayout(8 * (count + shift), [[Piece(0, 0, count, shift)]]))
         factor = torch.tensor([0.37], device="cuda")
         for step in range(1, 6):
             g = (torch.randn(count + shift, device="cuda") * 3).to(gradient)[shift:]

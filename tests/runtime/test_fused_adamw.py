@@ -16,8 +16,9 @@ from torch import Tensor
 from nf4.errors import TrainError
 from nf4.paging import fused_adamw
 from nf4.paging.cuda_pager import SLAB_PAGES, CudaPager
-from nf4.paging.fused_adamw import ChunkTables, Piece, Setting
-from nf4.paging.optim import PagedAdamW, _cut
+from nf4.paging.fused_adamw import ChunkTables, Setting
+from nf4.paging.layout import Piece, StateLayout
+from nf4.paging.optim import PagedAdamW
 
 SHAPES = [(1,), (7, 3), (33,), (129, 65), (2, 2, 2), (100, 401), (16, 4096)]
 SETTINGS: dict[str, Any] = {"lr": 3e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
@@ -102,9 +103,9 @@ def exact_norm(params: list[torch.nn.Parameter]) -> float:
 def test_tables_say_what_to_update(page_elements: int, interpreter: Interpreter) -> None:
     params, expected = make_parameters(), make_parameters()
     reference = torch.optim.AdamW(groups(expected), **SETTINGS)
-    pages = _cut([p.numel() for p in params], page_elements)
-    tables = ChunkTables(params, pages, page_elements)
-    memory = torch.zeros(len(pages), 8 * page_elements, dtype=torch.uint8)
+    layout = StateLayout.cut([p.numel() for p in params], 8 * page_elements)
+    tables = ChunkTables(params, layout)
+    memory = torch.zeros(len(layout.pages), 8 * page_elements, dtype=torch.uint8)
     steps = [0] * len(params)
     for step in range(1, 8):
         set_gradients(params, step)
@@ -128,7 +129,8 @@ def test_tables_say_what_to_update(page_elements: int, interpreter: Interpreter)
 
 def test_tables_are_built_again_only_when_something_moves(interpreter: Interpreter) -> None:
     params = make_parameters()
-    tables = ChunkTables(params, _cut([p.numel() for p in params], 1000), 1000)
+    layout = StateLayout.cut([p.numel() for p in params], 8000)
+    tables = ChunkTables(params, layout)
     set_gradients(params, 1)
     assert tables.follow([p.grad for p in params])
     set_gradients(params, 2, in_place=True)
@@ -136,7 +138,7 @@ def test_tables_are_built_again_only_when_something_moves(interpreter: Interpret
     params[3].grad = None
     assert tables.follow([p.grad for p in params])
     tables.assign([0] * len(params))
-    assert len(tables.pages()) < len(_cut([p.numel() for p in params], 1000))
+    assert len(tables.pages()) < len(layout.pages)
     bad = [torch.zeros(1, dtype=torch.float64), *[None] * (len(params) - 1)]
     with pytest.raises(TrainError, match=r"gradient of parameter 0, expected float32 or bfloat16 on cpu"):
         tables.follow(bad)

@@ -199,7 +199,7 @@ def test_what_cannot_be_optimized_is_told() -> None:
         )
     with pytest.raises(TrainError, match="bad lr, expected at least 0, got -1"):
         PagedAdamW([torch.nn.Parameter(torch.zeros(3))], lr=-1)
-    with pytest.raises(TrainError, match="bad page size, expected a multiple of 8, got 100"):
+    with pytest.raises(TrainError, match="bad page size, expected a multiple of 8, at least 8, got 100"):
         PagedAdamW([torch.nn.Parameter(torch.zeros(3))], page_bytes=100)
     optimizer = PagedAdamW([torch.nn.Parameter(torch.zeros(3))])
     state = {"step": torch.tensor(1.0), "exp_avg": torch.zeros(4), "exp_avg_sq": torch.zeros(3)}

@@ -218,7 +218,7 @@ def test_page_that_the_disk_lost_or_tore_is_told(what: str, tmp_path: Path) -> N
 
 
 def test_memory_may_stand_behind_the_pool() -> None:
-    pager = Pager(5, PAGE, budget_bytes=2 * PAGE, store=MemoryStore(5, PAGE))
+    pager = Pager(5, PAGE, budget_bytes=2 * PAGE, make_store=lambda: MemoryStore(5, PAGE))
     for index in range(5):
         fill(pager, index, index + 1)
     assert [read(pager, index) for index in range(5)] == [1, 2, 3, 4, 5]
@@ -249,7 +249,7 @@ class SlowStore(MemoryStore):
 
 def test_sweep_fetches_pages_in_its_order_while_one_is_in_use() -> None:
     store = SlowStore(8, PAGE)
-    pager = Pager(8, PAGE, budget_bytes=4 * PAGE, store=store)
+    pager = Pager(8, PAGE, budget_bytes=4 * PAGE, make_store=lambda: store)
     for _ in pager.sweep(range(8)):  # zeros at first: nothing is read
         pass
     resident = 0

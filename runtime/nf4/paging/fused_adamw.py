@@ -1,4 +1,5 @@
-"""AdamW over pages on a GPU in few launches: the tables that the kernels of csrc/cuda/adamw.cu read.
+"""AdamW over pages on a GPU in few launches: the tables that the kernels of csrc/cuda/adamw.cu and
+adamw_8bit.cu read.
 
 A table of chunks on the device says for each block of threads which elements of which parameter it updates,
 where their gradient is, and in which page their moments begin. It is built again only when a parameter or a
@@ -20,8 +21,10 @@ from torch import Tensor
 from ..errors import TrainError
 from ..ops.cuda import kernels
 from ..ops.operands import DTYPE_CODES
+from .blockwise import signed_map, unsigned_map
+from .layout import Piece, StateLayout, page_elements
 
-CHUNK_ELEMENTS = 4096  # of a block of 256 threads
+CHUNK_ELEMENTS = 4096  # of a block of 256 threads; whole blocks of 8-bit states
 
 # struct Nf4AdamwChunk of csrc/cuda/launchers.h; Nf4GradientChunk is its gradient, count and dtype
 _CHUNK = np.dtype(
@@ -37,15 +40,6 @@ _CHUNK = np.dtype(
     ]
 )
 _GRADIENT_CHUNK = np.dtype([("gradient", "<u8"), ("count", "<i4"), ("dtype", "<i4")])
-
-
-class Piece(NamedTuple):
-    """Elements [start, stop) of a parameter, whose moments begin at element `at` of a page."""
-
-    param: int
-    start: int
-    stop: int
-    at: int
 
 
 class Setting(NamedTuple):
@@ -64,18 +58,18 @@ class ChunkTables:
 
     Args:
         params: float32 or bfloat16, contiguous.
-        pages: the pieces of each page.
-        page_elements: parameter elements that a page has room for.
+        layout: where their moments lie.
     """
 
-    def __init__(
-        self, params: Sequence[Tensor], pages: Sequence[Sequence[Piece]], page_elements: int
-    ) -> None:
+    def __init__(self, params: Sequence[Tensor], layout: StateLayout) -> None:
         self._params = list(params)
         self._device = params[0].device
-        self._page_elements = page_elements
-        self._num_pages = len(pages)
-        self._cut = _cut(pages)
+        self._layout = layout
+        self._num_pages = len(layout.pages)
+        self._cut = _cut(layout.pages)
+        if layout.num_quantized:
+            maps = (signed_map(), unsigned_map())
+            self._maps = torch.stack([m.levels for m in maps] + [m.tree() for m in maps]).to(self._device)
         self._norm_cut = _cut([[Piece(index, 0, p.numel(), 0) for index, p in enumerate(params)]])
         self._built_from: list[int] = []
 
@@ -140,12 +134,17 @@ class ChunkTables:
         """
         address = 0 if factor is None else factor.data_ptr()
         with _current_stream(self._device) as stream:
-            for first, addresses in _runs(pages, kernels().ADAMW_PAGES):
-                begin, end = (self._first_chunk[k] for k in (first, first + len(addresses)))
-                table = self._table.data_ptr() + begin * _CHUNK.itemsize
-                kernels().adamw(
-                    table, end - begin, first, addresses, self._page_elements, settings, address, stream
-                )
+            for bits, of_these in ((8, True), (32, False)):
+                chosen = [page for page in pages if (page[0] < self._layout.num_quantized) is of_these]
+                elements = page_elements(bits, self._layout.page_bytes)
+                for first, addresses in _runs(chosen, kernels().ADAMW_PAGES):
+                    begin, end = (self._first_chunk[k] for k in (first, first + len(addresses)))
+                    table = self._table.data_ptr() + begin * _CHUNK.itemsize
+                    sweep = (table, end - begin, first, addresses, elements, settings, address)
+                    if bits == 8:
+                        kernels().adamw_8bit(*sweep, self._maps.data_ptr(), stream)
+                    else:
+                        kernels().adamw(*sweep, stream)
 
     def gradient_norm(self) -> Tensor:
         """The Euclidean norm of the gradients last followed, float32 without shape; nothing waits for it."""

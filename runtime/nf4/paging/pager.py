@@ -23,7 +23,7 @@ import os
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -85,7 +85,7 @@ class Pager:
         page_bytes: bytes in a page.
         budget_bytes: the most the pool may hold; None keeps every page resident.
         backing: where the file behind the pool is (see `FileStore`); None takes a temporary file.
-        store: memory behind the pool, instead of a file; closed with the pager.
+        make_store: makes what stands behind the pool instead of a file; called only where not all pages fit.
 
     Raises:
         TrainError: the budget is smaller than one page, there is no memory for the pool, or the file cannot
@@ -99,7 +99,7 @@ class Pager:
         *,
         budget_bytes: int | None = None,
         backing: str | os.PathLike[str] | None = None,
-        store: PageStore | None = None,
+        make_store: Callable[[], PageStore] | None = None,
     ) -> None:
         slots = slots_within(num_pages, page_bytes, budget_bytes)
         self.num_pages = num_pages
@@ -117,7 +117,7 @@ class Pager:
         self._store: PageStore | None = None
         self._worker: ThreadPoolExecutor | None = None
         if slots < num_pages:
-            self._store = store or FileStore(num_pages, page_bytes, backing)
+            self._store = make_store() if make_store else FileStore(num_pages, page_bytes, backing)
             self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pager")
         self._finalizer = weakref.finalize(self, _close, self._worker, self._store)
 
