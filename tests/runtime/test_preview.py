@@ -116,6 +116,13 @@ def test_table_of_a_packed_run_with_evaluation() -> None:
     assert table[-1] == "expected time  about 68 s at 0 tokens/s"
 
 
+def test_notes_of_files_stand_below_them() -> None:
+    file = FileReport("a.jsonl", 1, 1, 0, 0, 3, 1, ("two answers are empty", "odd\x07"))
+    data = ListDataset([example(1, 2, 3, labelled=[2])], DataReport((file,)))
+    table = run_table(Batches([Source(data, 1.0)], BatchOptions(), seed=0)).splitlines()
+    assert table[2:5] == ["a.jsonl: two answers are empty", r"a.jsonl: odd\x07", ""]
+
+
 @pytest.mark.parametrize(
     ("tokens", "speed", "expected"),
     [

@@ -78,7 +78,8 @@ def run_table(
             the time open.
     """
     datasets = {"training": batches.dataset} | ({} if evaluation is None else {"evaluation": evaluation})
-    lines = _file_table(datasets)
+    files = [file for dataset in datasets.values() for file in dataset.report.files]
+    notes = dict.fromkeys(f"{_visible(file.path)}: {_visible(note)}" for file in files for note in file.notes)
     options, volume = batches.options, batches.volume()
     per_row = volume.tokens / volume.rows
     rows = f"{volume.rows:,} rows"
@@ -101,7 +102,8 @@ def run_table(
         "tokens in all": f"about {total:,}, {round(of_row * batches.rows):,} with loss",
         "expected time": expected_time(total, tokens_per_second),
     }
-    return "\n".join([*lines, "", *(f"{name:<14} {text}" for name, text in numbers.items())])
+    table = _file_table(datasets)
+    return "\n".join([*table, *notes, "", *(f"{name:<14} {text}" for name, text in numbers.items())])
 
 
 def expected_time(tokens: int, tokens_per_second: float | None) -> str:
