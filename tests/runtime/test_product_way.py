@@ -45,8 +45,8 @@ def test_panels_cover_the_weight_within_the_workspace(rows, columns, num_rows):
 
 def test_panels_for_many_rows_fit_the_l2_cache_and_fill_the_gpu():
     assert panel_height(BFLOAT16, 1024, 14336, 4096) == 14336
-    assert panel_height(BFLOAT16, 4096, 14336, 4096) == 2048
+    assert panel_height(BFLOAT16, 4096, 14336, 4096) == 4096
     assert panel_height(BFLOAT16, 4096, 4096, 4096) == 4096  # 32 MB fit whole
-    assert panel_height(BFLOAT16, 4096, 8192, 8192) == 1024
-    assert panel_height(BFLOAT16, 4096, 4096, 14336) == 1024  # lower ones would leave multiprocessors idle
-    assert panel_height(BFLOAT16, 8192, 4096, 14336) == 768
+    assert panel_height(BFLOAT16, 4096, 8192, 8192) == 2048
+    assert panel_height(BFLOAT16, 4096, 4096, 14336) == 1280
+    assert panel_height(BFLOAT16, 8192, 4096, 14336) == 1280

@@ -22,7 +22,7 @@ WORKSPACE_BYTES = 512 << 20  # at most, unless one row takes more; larger weight
 # From this many rows on, the product of a panel fills the GPU, so panels may be small enough to stay in the
 # L2 cache between decoding and multiplying.
 CACHED_PANEL_ROWS = 4096
-CACHED_PANEL_BYTES = 16 << 20
+CACHED_PANEL_BYTES = 32 << 20
 
 
 class Way(enum.Enum):
