@@ -5,9 +5,10 @@
 //     device  | piece | piece | piece | ...   cudaMemcpyAsync, then the slot's event
 //
 // All copies go into one stream: the link carries one at a time anyway, and with several streams the device
-// loses time in changing between them. Each reader pins its ring itself, so that the first ones read while
-// the others still wait for the driver. The ring's pages come from the kernel, huge ones if there are, and
-// are registered: cudaHostAlloc takes several times as long, under a lock that holds up copies too.
+// loses time in changing between them. Each reader pins its ring itself, a slot when it is first lent: the
+// driver pins one piece of memory after the other, and copies that are to start wait as well, so whatever is
+// pinned before the first copies delays them all. The ring's pages come from the kernel, huge ones if there
+// are, and are registered: cudaHostAlloc takes several times as long.
 #include "upload.h"
 
 #include <fcntl.h>
@@ -27,38 +28,46 @@ namespace {
 constexpr size_t kPage = 4 << 10, kHugePage = 2 << 20;
 constexpr std::chrono::microseconds kNap{20};  // half of the time in which a copy of 2 MiB goes over the link
 
-// Host memory that the device copies from.
+// Pieces of host memory that the device copies from.
 class PinnedMemory {
  public:
-  explicit PinnedMemory(size_t bytes) : mapped_bytes_(bytes + kHugePage) {
+  PinnedMemory(int64_t piece_bytes, int pieces)
+      : piece_bytes_(static_cast<size_t>(piece_bytes)), mapped_bytes_(piece_bytes_ * pieces + kHugePage) {
     mapped_ = mmap(nullptr, mapped_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (mapped_ == MAP_FAILED) throw std::bad_alloc();
     const uintptr_t begin = reinterpret_cast<uintptr_t>(mapped_);
     data_ = reinterpret_cast<uint8_t*>((begin + kHugePage - 1) / kHugePage * kHugePage);
 #ifdef MADV_HUGEPAGE
-    madvise(data_, bytes, MADV_HUGEPAGE);  // only advice
+    madvise(data_, piece_bytes_ * pieces, MADV_HUGEPAGE);  // only advice
 #endif
-    for (size_t at = 0; at < bytes; at += kPage)
-      data_[at] = 0;  // by this thread, not under the driver's lock
-    code_ = cudaHostRegister(data_, bytes, cudaHostRegisterDefault);
   }
 
   ~PinnedMemory() {
-    if (code_ == cudaSuccess) cudaHostUnregister(data_);
+    for (size_t index = 0; index < pinned_; ++index) cudaHostUnregister(piece(index));
     munmap(mapped_, mapped_bytes_);
   }
 
   PinnedMemory(const PinnedMemory&) = delete;
   PinnedMemory& operator=(const PinnedMemory&) = delete;
 
-  uint8_t* data() const { return data_; }
-  cudaError_t code() const { return code_; }
+  uint8_t* piece(size_t index) const { return data_ + index * piece_bytes_; }
+
+  // Pieces are pinned in their order.
+  cudaError_t pin(size_t index) {
+    if (index < pinned_) return cudaSuccess;
+    uint8_t* memory = piece(index);
+    for (size_t at = 0; at < piece_bytes_; at += kPage)
+      memory[at] = 0;  // by this thread, not under the driver's lock
+    const cudaError_t code = cudaHostRegister(memory, piece_bytes_, cudaHostRegisterDefault);
+    if (code == cudaSuccess) ++pinned_;
+    return code;
+  }
 
  private:
-  const size_t mapped_bytes_;
+  const size_t piece_bytes_, mapped_bytes_;
   void* mapped_;
   uint8_t* data_;
-  cudaError_t code_;
+  size_t pinned_ = 0;
 };
 
 class PinnedRing final : public Destination {
@@ -66,12 +75,10 @@ class PinnedRing final : public Destination {
   // `code`: of making the stream; if it is an error, this passes it on.
   PinnedRing(const UploadTarget& target, const UploadRing& ring, cudaStream_t copies, cudaError_t code)
       : target_(target),
-        piece_bytes_(ring.piece_bytes),
         code_(code == cudaSuccess ? cudaSetDevice(target.device) : code),
-        memory_(static_cast<size_t>(ring.piece_bytes) * ring.slots),
+        memory_(ring.piece_bytes, ring.slots),
         copied_(ring.slots),
         copies_(copies) {
-    if (code_ == cudaSuccess) code_ = memory_.code();
     for (cudaEvent_t& event : copied_) {
       if (code_ == cudaSuccess) code_ = cudaEventCreateWithFlags(&event, cudaEventDisableTiming);
     }
@@ -85,7 +92,8 @@ class PinnedRing final : public Destination {
   }
 
   int lend(uint8_t** memory) override {
-    *memory = memory_.data() + slot_ * piece_bytes_;
+    *memory = memory_.piece(slot_);
+    if (code_ == cudaSuccess) code_ = memory_.pin(slot_);
     if (code_ != cudaSuccess) return code_;
     // Neither spinning, which takes a core from those that read, nor an event that blocks, which costs an
     // interrupt a piece.
@@ -97,8 +105,8 @@ class PinnedRing final : public Destination {
     const int64_t at = offset - target_.file_offset;
     const int64_t wanted = std::min(size, target_.bytes - at);
     if (wanted <= 0) return cudaSuccess;
-    code_ = cudaMemcpyAsync(target_.memory + at, memory_.data() + slot_ * piece_bytes_,
-                            static_cast<size_t>(wanted), cudaMemcpyHostToDevice, copies_);
+    code_ = cudaMemcpyAsync(target_.memory + at, memory_.piece(slot_), static_cast<size_t>(wanted),
+                            cudaMemcpyHostToDevice, copies_);
     if (code_ == cudaSuccess) code_ = cudaEventRecord(copied_[slot_], copies_);
     slot_ = (slot_ + 1) % copied_.size();
     return code_;
@@ -111,9 +119,8 @@ class PinnedRing final : public Destination {
 
  private:
   const UploadTarget target_;
-  const int64_t piece_bytes_;
   cudaError_t code_;
-  const PinnedMemory memory_;
+  PinnedMemory memory_;
   std::vector<cudaEvent_t> copied_;  // one a slot
   const cudaStream_t copies_;
   size_t slot_ = 0;  // the next to be lent
