@@ -87,7 +87,10 @@ void RangeReader::work() {
     fail(Trouble::kSystem, -1, ENOMEM);
   }
   const std::lock_guard<std::mutex> lock(mutex_);
-  if (--active_ == 0) left_.notify_all();
+  if (--active_ == 0) {
+    job_.destination = nullptr;  // gives back what the destinations shared
+    left_.notify_all();
+  }
 }
 
 bool RangeReader::read_range(int64_t index, Destination& destination) {

@@ -71,7 +71,7 @@ class RangeReader {
   bool read_piece(int64_t index, int64_t offset, int64_t size, uint8_t* memory, int64_t* announced);
   bool fail(Trouble trouble, int64_t range, int64_t code);
 
-  const Job job_;
+  Job job_;
   std::vector<uint64_t> sums_;
   std::vector<std::thread> threads_;
   std::atomic<int64_t> next_{0}, bytes_done_{0};
