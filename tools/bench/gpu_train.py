@@ -8,7 +8,8 @@ batches and settings. Time is the median of single steps, the GPU's work include
 peak over the timed steps. The limit is a bfloat16 matrix product of the same run.
 
     --cells 4x2048 1x512      batch x tokens, in the order given
-    --arms nf4 peft-liger     which arms; ours also as nf4-offload, layer inputs kept in host memory
+    --arms nf4 peft-liger     which arms; ours also as nf4-offload, layer inputs kept in host memory; PEFT
+                              also as peft-float32, the curve that the others approximate
     --model DIR --text FILE   another checkpoint, and its own tokens of a text instead of random ones: losses
                               that fall show whether the arms learn alike
 """
@@ -34,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from make_checkpoint import SHAPES, make_checkpoint
 
 ARMS = ("nf4", "nf4-offload", "peft", "peft-liger")
+MORE_ARMS = ("peft-float32",)
 RANDOM_BATCHES = 4  # different ones, in rotation
 
 
@@ -43,7 +45,8 @@ def load_arm(arm: str, folder: Path, rate: float) -> train_arms.Step:
     if arm.startswith("nf4"):
         switches = {"offload_checkpoints": True} if arm.endswith("-offload") else {}
         return train_arms.ours(folder / "model.nf4", adapter, rate, **switches)
-    return train_arms.peft(folder / "model", adapter, rate, liger=arm == "peft-liger")
+    dtype = torch.float32 if arm == "peft-float32" else torch.bfloat16
+    return train_arms.peft(folder / "model", adapter, rate, liger=arm == "peft-liger", dtype=dtype)
 
 
 def make_batches(folder: Path, text: Path | None, batch: int, length: int, steps: int) -> list[torch.Tensor]:
@@ -139,7 +142,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--arms", nargs="+", default=list(ARMS), choices=ARMS, help="the last is compared with"
+        "--arms",
+        nargs="+",
+        default=list(ARMS),
+        choices=(*ARMS, *MORE_ARMS),
+        help="the last is compared with",
     )
     parser.add_argument("--cells", nargs="+", default=["1x512", "4x2048"])
     parser.add_argument("--warm", type=int, default=4)

@@ -53,7 +53,7 @@ def ours(packed: Path, adapter: Path, rate: float = RATE, **switches: Any) -> St
     for name, value in ({"gradient_checkpointing": True, "capture_graphs": True} | switches).items():
         setattr(model, name, value)
     model.train()
-    optimizer = PagedAdamW(parameters, lr=rate)
+    optimizer = PagedAdamW(parameters, lr=rate, weight_decay=0.0)
     taken = 0
 
     def step(ids: Tensor) -> tuple[float, float]:
@@ -69,8 +69,18 @@ def ours(packed: Path, adapter: Path, rate: float = RATE, **switches: Any) -> St
     return step
 
 
-def peft(model_dir: Path, adapter: Path, rate: float = RATE, *, liger: bool = False) -> Step:
-    """transformers + PEFT + bitsandbytes, with torch's fused AdamW; `liger` patches in Liger's kernels."""
+def peft(
+    model_dir: Path,
+    adapter: Path,
+    rate: float = RATE,
+    *,
+    liger: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Step:
+    """transformers + PEFT + bitsandbytes, with torch's fused AdamW; `liger` patches in Liger's kernels.
+
+    With float32 instead of bfloat16 everything is computed in it: the curve that the others approximate.
+    """
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -82,12 +92,12 @@ def peft(model_dir: Path, adapter: Path, rate: float = RATE, *, liger: bool = Fa
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=dtype,
     )
     base = AutoModelForCausalLM.from_pretrained(
         model_dir,
         quantization_config=quantization,
-        dtype=torch.bfloat16,
+        dtype=dtype,
         attn_implementation="sdpa",
         device_map={"": 0},
     )
@@ -100,7 +110,7 @@ def peft(model_dir: Path, adapter: Path, rate: float = RATE, *, liger: bool = Fa
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0, fused=True)
 
     def step(ids: Tensor) -> tuple[float, float]:
-        with torch.autocast("cuda", dtype=torch.bfloat16):
+        with torch.autocast("cuda", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
             loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP)
