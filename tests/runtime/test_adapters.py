@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,13 @@ import nf4
 from nf4.adapters import load_adapter, save_adapter
 from nf4.errors import LoadError, TrainError
 from nf4.lora import LoraConfig, add_lora, lora_layers
+from nf4.lora.attach import has_adapter
 from nf4.model.config import ModelConfig
 from nf4.model.decoder import CausalLM
 from nf4.model.linear import NF4Linear
 from nf4format.adapter import read_adapter
 from nf4format.container import Nf4File
-from nf4format.errors import FormatError
+from nf4format.errors import FormatError, Nf4Error
 from qcompile.options import CompileOptions
 from qcompile.pipeline import compile_checkpoint
 
@@ -263,6 +265,60 @@ def test_tensors_that_do_not_fit_are_refused(
     with pytest.raises(LoadError, match=message):
         load_adapter(ours, adapter_path)
     assert list(lora_layers(ours)) == []
+
+
+def test_any_junk_in_a_directory_is_told_and_changes_nothing(
+    ours: CausalLM, small_config: dict[str, Any], tmp_path: Path
+) -> None:
+    """Settings and names of tensors of an adapter that uses every option, each replaced by what it is not."""
+    every = LoraConfig(
+        rank=4, dora=True, bias="all", ranks={"q_proj": 2}, modules_to_save=("lm_head",), rslora=True
+    )
+    save_adapter(trained(CausalLM(ModelConfig.from_dict(small_config)), every), tmp_path / "a")
+    file, weights = tmp_path / "a" / "adapter_config.json", tmp_path / "a" / "adapter_model.safetensors"
+    config, tensors = json.loads(file.read_text()), load_file(weights)
+    junk = [
+        None,
+        True,
+        -1,
+        10**400,
+        1e308,
+        "",
+        "x" * 10**5,
+        ["q_proj", 3],
+        [[]],
+        {"": 3},
+        {"(": 2},
+        {"q": []},
+    ]
+    draw = random.Random(0)
+    refused = 0
+    for key in [*config, "lora_bias", "alpha_pattern", "init_lora_weights", "exclude_modules", "x"]:
+        for value in junk:
+            file.write_text(json.dumps({**config, key: value}))
+            refused += is_refused(ours, tmp_path / "a")
+    assert refused > 100
+    file.write_text(json.dumps(config))
+    for _ in range(40):
+        name = draw.choice(list(tensors))
+        changed = {key: value for key, value in tensors.items() if key != name}
+        cut = draw.randrange(len(name))
+        other = draw.choice([name[:cut], name[cut:], name + ".weight", name.replace("A", "B")])
+        changed[other or "x"] = tensors[name]
+        save_file(changed, weights)
+        is_refused(ours, tmp_path / "a")
+
+
+def is_refused(model: CausalLM, path: Path) -> bool:
+    """Loads an adapter into a copy of the model; only errors of ours may come out."""
+    copied = copy.deepcopy(model)
+    try:
+        load_adapter(copied, path)
+    except Nf4Error as error:
+        assert len(str(error)) < 2000
+        assert not has_adapter(copied)
+        return True
+    return False
 
 
 def test_sixteen_bit_weights_become_fp32_and_a_second_adapter_is_refused(

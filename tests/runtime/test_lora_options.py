@@ -14,7 +14,7 @@ import nf4
 from nf4.adapters import load_adapter, save_adapter
 from nf4.errors import TrainError
 from nf4.lora import LoraConfig, add_lora, lora_layers
-from nf4.lora.attach import saved_modules
+from nf4.lora.attach import has_adapter, saved_modules
 from nf4.model.config import ModelConfig
 from nf4.model.decoder import CausalLM
 from nf4.model.linear import NF4Embedding, NF4Linear
@@ -491,6 +491,7 @@ def test_a_row_of_zeros_has_no_direction_and_does_no_harm() -> None:
         ({"alphas": {"lm_head": 3}}, "alpha pattern 'lm_head' matches no adapted layer"),
         ({"targets": ("lm_head",), "modules_to_save": ("lm_head",)}, "no layer is left for LoRA"),
         ({"init": "pissa", "rank": 33}, "rank for 'pissa' initial values, expected at most 32"),
+        ({"init": "olora", "ranks": {"1.mlp.down_proj": 33}}, "1.mlp.down_proj': rank for 'olora' initial"),
     ],
 )
 def test_options_that_cannot_be_are_refused(
@@ -499,3 +500,5 @@ def test_options_that_cannot_be_are_refused(
     model = CausalLM(ModelConfig.from_dict(small_config))
     with pytest.raises(TrainError, match=message):
         add_lora(model, LoraConfig(**settings))
+    assert not has_adapter(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())

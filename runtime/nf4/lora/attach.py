@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import TrainError
 from .config import LoraConfig
+from .initial import check_rank
 from .layer import BiasedLinear, LoRALinear
 from .names import matches
 from .saved import SavedModule, saved_copy
@@ -21,8 +22,8 @@ EMBEDDINGS: Final = ("embed_tokens", OUTPUT_HEAD)
 def add_lora(model: nn.Module, config: LoraConfig, seed: int = 0) -> list[str]:
     """Wrap the target layers in place, freeze everything else, and return the wrapped paths in order.
 
-    The model computes what it did before, until trained. Of input and output embeddings that are tied,
-    modules_to_save naming either trains the one matrix that they share.
+    The model computes what it did before, until trained; where this raises it is unchanged. Of input and
+    output embeddings that are tied, modules_to_save naming either trains the one matrix that they share.
 
     Raises:
         TrainError: the model has adapters already; a pattern matches nothing; a rank that initial values
@@ -37,6 +38,8 @@ def add_lora(model: nn.Module, config: LoraConfig, seed: int = 0) -> list[str]:
         _check_patterns(what, values or {}, names)
     if not names:
         raise TrainError("", "no layer is left for LoRA beside modules_to_save")
+    for name in names:
+        check_rank(config.init, name, model.get_submodule(name), config.rank_of(name))
     generator = torch.Generator().manual_seed(seed)
     dtypes = dict.fromkeys(saved, config.torch_dtype)
     attach_lora(model, names, config, generator, saved=dtypes, tied=tied)
@@ -63,7 +66,7 @@ def attach_lora(
             weight.
 
     Raises:
-        TrainError: the model has adapters already; a rank that initial values from a weight cannot have.
+        TrainError: the model has adapters already.
     """
     if has_adapter(model):
         raise TrainError("", "the model has an adapter already", remedy="load the model afresh")
@@ -118,6 +121,19 @@ def saved_modules(model: nn.Module) -> Iterator[tuple[str, SavedModule]]:
     for name, module in model.named_modules():
         if isinstance(module, SavedModule):
             yield name, module
+
+
+def fixed_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Fixed pairs by the names of their buffers. With all that trains they decide what an adapter computes.
+
+    The same seed finds the same values again on one machine with as many threads; who saves the state of a
+    run keeps them, so that it can go on elsewhere.
+    """
+    for name, module in lora_layers(model):
+        for part in ("fixed_A", "fixed_B"):
+            value = getattr(module, part)
+            if value is not None:
+                yield f"{name}.{part}", value
 
 
 def has_adapter(model: nn.Module) -> bool:

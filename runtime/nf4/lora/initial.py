@@ -33,11 +33,7 @@ class Initial(NamedTuple):
 def initial_values(
     init: str, base: nn.Module, rank: int, scaling: float, generator: torch.Generator | None
 ) -> Initial:
-    """Initial values as `LoraConfig.init` names them.
-
-    Raises:
-        TrainError: values from a weight of lower rank than asked for.
-    """
+    """Initial values as `LoraConfig.init` names them; `check_rank` has been asked before."""
     inputs, outputs = features(base)
     if init in ("default", "gaussian"):
         lora_A = torch.empty(rank, inputs, dtype=torch.float32)
@@ -46,9 +42,6 @@ def initial_values(
         else:
             nn.init.normal_(lora_A, std=1 / rank, generator=generator)
         return Initial(lora_A, torch.zeros(outputs, rank, dtype=torch.float32), False)
-    if rank > min(inputs, outputs):
-        expected = f"at most {min(inputs, outputs)}, the smaller side of a layer"
-        raise TrainError("", f"rank for {init!r} initial values", expected=expected, got=rank)
     weight_OI = dense_weight(base)
     if init == "olora":
         # The first R columns of Q depend on as many columns of W only, and R = Q^T W.
@@ -57,6 +50,18 @@ def initial_values(
     left_OR, values_R, right_RI = _largest(weight_OI, rank, pissa_rounds(init), generator)
     roots_R = (values_R / scaling).sqrt()
     return Initial(roots_R[:, None] * right_RI, left_OR * roots_R, True)
+
+
+def check_rank(init: str, name: str, base: nn.Module, rank: int) -> None:
+    """Whether a layer's weight can give initial values of this rank.
+
+    Raises:
+        TrainError: it has fewer rows or columns.
+    """
+    most = min(features(base))
+    if init not in ("default", "gaussian") and rank > most:
+        problem, expected = f"rank for {init!r} initial values", f"at most {most}, its smaller side"
+        raise TrainError("", problem, tensor=name, expected=expected, got=rank)
 
 
 def _largest(

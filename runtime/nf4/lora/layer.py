@@ -129,15 +129,20 @@ class LoRALinear(nn.Module):
         return self
 
     def _scaled(self, x: Tensor, keep: Tensor | None, norms: Norms) -> Tensor:
-        """DoRA. Dropout is before both products, as in PEFT, but for what the base gives by itself."""
-        factor_O = norms.factor().to(x.dtype)
+        """DoRA. Dropout is before both products, as in PEFT, but for what the base gives by itself.
+
+        Factors are near one: what they are more than that keeps its digits in 16 bits.
+        """
+        excess_O = (norms.factor() - 1).to(x.dtype)
         frozen = self._add_fixed(product(self.base, x), x)
         if keep is None:
-            y = self._add_thin(frozen, x, None) * factor_O
+            whole = self._add_thin(frozen, x, None)
+            y = torch.addcmul(whole, whole, excess_O)
         else:
             dropped = _drop(x, keep, self.dropout)
             weighed = self._add_fixed(product(self.base, dropped), dropped)
-            y = frozen - weighed + self._add_thin(weighed, dropped, None) * factor_O
+            whole = self._add_thin(weighed, dropped, None)
+            y = frozen - weighed + torch.addcmul(whole, whole, excess_O)
         bias: Tensor | None = self.base.bias  # type: ignore[assignment]
         return y if bias is None else y + bias
 
