@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import torch
 
-from nf4.data.batches import IGNORED, example_order, make_batch, pack_batch
+from nf4.data.batches import IGNORED, make_batch, pack_batch
 from nf4.data.dataset import Example
 
 
 def example(ids: list[int], first_label: int = 1) -> Example:
     return Example(np.array(ids, dtype=np.int32), np.arange(len(ids)) >= first_label)
-
-
-def test_order_is_a_permutation_an_epoch_and_given_by_the_seed() -> None:
-    taken = list(itertools.islice(example_order(7, 5), 21))
-    epochs = [taken[:7], taken[7:14], taken[14:]]
-    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 3
-    assert taken == list(itertools.islice(example_order(7, 5), 21))
-    assert taken != list(itertools.islice(example_order(7, 6), 21))
 
 
 def test_batches_are_padded_on_the_right_with_mask_and_no_loss() -> None:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -89,6 +93,38 @@ def test_sixteen_bit_arithmetic_and_checkpointing(dtype: str, packed: Path, tmp_
     assert result.exit_code == 0, result.output
     records = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
     assert [record.get("loss_scale") for record in records] == [2.0**16 if dtype == "float16" else None] * 2
+
+
+@pytest.mark.slow
+def test_a_process_stopped_in_every_way_goes_on_as_if_it_had_not_been(packed: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("one two three four five " * 40)
+    arguments = [
+        packed, "--data", tmp_path / "text.txt", "--steps", 90, "--seq-len", 32, "--rank", 4, "--threads", 1,
+        "--dropout", 0.1, "--save-every", 7, "--eval-fraction", 0.1, "--eval-every", 9, "--resume",
+    ]  # fmt: skip
+    out, straight = tmp_path / "stopped", tmp_path / "straight"
+    log, checkpoints = tmp_path / "stopped.jsonl", tmp_path / "stopped.checkpoints"
+    program = "import sys; from nf4.cli import main; sys.argv[0] = 'nf4'; main()"
+    command = [sys.executable, "-c", program, "train", *map(str, arguments), "--out", str(out)]
+    done = 0
+    for number in (signal.SIGTERM, signal.SIGKILL, signal.SIGINT):
+        with subprocess.Popen([*command, "--device", "cpu"], stderr=subprocess.PIPE, text=True) as process:
+            while not any(int(path.name[5:]) > done for path in checkpoints.glob("step-*")):
+                assert process.poll() is None, process.communicate()
+                time.sleep(0.005)
+            process.send_signal(number)
+            error = process.communicate()[1]
+        assert process.returncode == (-9 if number is signal.SIGKILL else 128 + number), error
+        done = max(int(path.name[5:]) for path in checkpoints.glob("step-*"))
+        steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+        assert 7 <= done <= steps[-1] < 90
+    for name in (out, straight):
+        result = run(*arguments, "--out", name)
+        assert result.exit_code == 0, result.output
+    checkpoint = "checkpoints/step-000090/training_state.safetensors"
+    for file in ("{}.jsonl", "{}/adapter_model.safetensors", f"{{}}.{checkpoint}"):
+        a, b = ((tmp_path / file.format(name)).read_bytes() for name in ("stopped", "straight"))
+        assert a == b, file
 
 
 def test_help_teaches_and_bad_arguments_are_told(packed: Path, tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from nf4 import CUBLAS_WORKSPACE
 from nf4.lora import LoraConfig
 from nf4.text.tokenizer import Tokenizer
 from nf4.training.determinism import deterministic
-from nf4.training.train import TrainOptions, train
+from nf4.training.options import TrainOptions
+from nf4.training.train import train
 
 
 @pytest.mark.parametrize("given", [None, ":16:8"])

@@ -25,9 +25,13 @@ from nf4.model.decoder import CausalLM
 from nf4.paging.optim import PagedAdamW
 from nf4.text.perplexity import encode_documents, perplexity
 from nf4.text.tokenizer import Tokenizer
-from nf4.training import train as train_module
-from nf4.training.runlog import RunLog, StopRequest
-from nf4.training.train import StepPlan, TrainOptions, evaluate, train, train_step
+from nf4.training import run as run_module
+from nf4.training.evaluation import evaluate
+from nf4.training.options import TrainOptions
+from nf4.training.runlog import RunLog
+from nf4.training.signals import StopRequest
+from nf4.training.step import train_step
+from nf4.training.train import train
 
 
 class ByteTokenizer(TextEncoder):
@@ -89,6 +93,10 @@ def read_log(options: TrainOptions) -> list[dict[str, Any]]:
     return [json.loads(line) for line in options.log_path.read_text().splitlines()]
 
 
+def read_timing(options: TrainOptions) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in options.timing_path.read_text().splitlines()]
+
+
 def weights(options: TrainOptions) -> bytes:
     return (options.out / "adapter_model.safetensors").read_bytes()
 
@@ -110,12 +118,16 @@ def test_learns_logs_and_saves_what_it_learned(
     assert steps[0]["lr"] == options.lr / 2
     assert steps[1]["lr"] == options.lr
     assert steps[-1]["tokens"] == summary.tokens == 30 * 4 * 32
-    assert all(record["grad_norm"] > 0 and record["tokens_per_second"] > 0 for record in steps)
-    assert all(record["memory_bytes"] > 1 << 20 for record in steps)
+    assert all(record.keys() == {"step", "loss", "lr", "grad_norm", "tokens"} for record in steps)
+    assert all(record["grad_norm"] > 0 for record in steps)
+    timing = read_timing(options)
+    assert [record["step"] for record in timing] == [record["step"] for record in records]
+    assert all(record["tokens_per_second"] > 0 for record in timing if "seconds" in record)
+    assert all(record["memory_bytes"] > 1 << 20 for record in timing if "seconds" in record)
     evaluations = {record["step"]: record for record in records if "eval_loss" in record}
     assert {step: record["eval_loss"] for step, record in evaluations.items()} == summary.evaluations
     assert evaluations[30]["eval_perplexity"] == pytest.approx(math.exp(summary.evaluations[30]))
-    assert any("sequences" in line for line in said)
+    assert any(line.startswith("tokens in all  about 3,840") for line in said)
 
     ids = torch.tensor([TOKENIZER.encode("the quick")])
     again = make_model().eval()
@@ -137,7 +149,7 @@ def test_same_seed_same_run_bit_for_bit_whatever_the_paging(
         said: list[str] = []
         train(make_model(), TOKENIZER, run, say=said.append)
         records = read_log(run)
-        assert all(("pages" in record) == ("page_budget" in changes) for record in records)
+        assert all(("pages" in record) == ("page_budget" in changes) for record in read_timing(run))
         paged = "optimizer state: 30,000 bytes, at most 4,000 of them in memory, the rest paged"
         assert (paged in said) == ("page_budget" in changes)
         results.append((weights(run), [record["loss"] for record in records]))
@@ -251,18 +263,6 @@ def test_token_outside_the_vocabulary_is_told(
         train(make_model(), Foreign(), options)
 
 
-def test_plan_of_steps_and_epochs(options: TrainOptions) -> None:
-    dataset = load_dataset(options.data, TOKENIZER, DataOptions(seq_len=32))
-    count = len(dataset)
-    plan = StepPlan(dataset, changed(options, steps=None, epochs=1.5, batch=3, accumulate=2))
-    sizes = [[len(batch.input_ids) for batch in step] for step in plan]
-    assert len(sizes) == plan.steps == math.ceil(1.5 * count / 6)
-    assert sum(map(sum, sizes)) == round(1.5 * count)
-    assert all(step == [3, 3] for step in sizes[:-1])
-    plan = StepPlan(dataset, changed(options, steps=50, batch=3, accumulate=2))
-    assert [len(step) for step in plan] == [2] * 50
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_finishes_the_step_saves_and_stops(
     number: signal.Signals,
@@ -271,14 +271,14 @@ def test_signal_finishes_the_step_saves_and_stops(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     before = signal.getsignal(number)
-    real = train_module.train_step
+    real = run_module.train_step
 
     def interrupted(*args: Any, step: int, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         if step == 2:
             os.kill(os.getpid(), number)
         return real(*args, step=step, **kwargs)
 
-    monkeypatch.setattr(train_module, "train_step", interrupted)
+    monkeypatch.setattr(run_module, "train_step", interrupted)
     summary = train(make_model(), TOKENIZER, changed(options, eval_fraction=0.2))
     assert (summary.steps, summary.stopped_by) == (2, number.name)
     assert [record["step"] for record in read_log(options)] == [0, 1, 2]
@@ -309,14 +309,14 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_last_save(
     make_model: Callable[[], CausalLM], options: TrainOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make_model()
-    real = train_module.train_step
+    real = run_module.train_step
 
     def poisoned(*args: Any, step: int, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         if step == 4:
             next(lora_layers(model))[1].lora_B.data.fill_(math.inf)
         return real(*args, step=step, **kwargs)
 
-    monkeypatch.setattr(train_module, "train_step", poisoned)
+    monkeypatch.setattr(run_module, "train_step", poisoned)
     options = changed(options, save_every=3, page_budget=4000, page_file=options.out.with_name("pages"))
     with pytest.raises(
         TrainError, match=r"step 4: the loss, micro-batch 1 of 2, is not finite, got nan; lower --lr"
@@ -324,10 +324,11 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_last_save(
         train(model, TOKENIZER, options)
     assert [record["step"] for record in read_log(options)] == [1, 2, 3]
     again = make_model()
-    load_adapter(again, options.out)
+    load_adapter(again, options.checkpoints_path / "step-000003" / "adapter")
     assert sorted(path.name for path in options.out.parent.iterdir()) == [
-        "adapter",
+        "adapter.checkpoints",
         "adapter.jsonl",
+        "adapter.timing.jsonl",
         "text.txt",
     ]
 

@@ -14,7 +14,8 @@ import nf4
 from nf4 import cli
 from nf4.lora import LoraConfig
 from nf4.text.tokenizer import Tokenizer
-from nf4.training.train import TrainOptions, train
+from nf4.training.options import TrainOptions
+from nf4.training.train import train
 
 KINDS: dict[str, dict[str, Any]] = {
     "patterns, rslora, dropout": {

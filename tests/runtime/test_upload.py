@@ -22,7 +22,8 @@ from nf4.text.generate import generate
 from nf4.text.perplexity import encode_documents, perplexity
 from nf4.text.sampling import Sampling
 from nf4.text.tokenizer import Tokenizer
-from nf4.training.train import TrainOptions, train
+from nf4.training.options import TrainOptions
+from nf4.training.train import train
 from nf4.upload import Slab
 from nf4format.container import Nf4File
 from nf4format.errors import FormatError

@@ -21,7 +21,8 @@ from report import Report, machine
 import nf4
 from nf4.lora import LoraConfig
 from nf4.text.tokenizer import Tokenizer
-from nf4.training.train import TrainOptions, train
+from nf4.training.options import TrainOptions
+from nf4.training.train import train
 from qcompile.options import CompileOptions
 from qcompile.pipeline import compile_checkpoint
 

@@ -40,7 +40,8 @@ from nf4.model.config import ModelConfig
 from nf4.model.decoder import CausalLM
 from nf4.paging.optim import PagedAdamW
 from nf4.paging.pinned_arena import PinnedArena
-from nf4.training.train import TrainOptions, train
+from nf4.training.options import TrainOptions
+from nf4.training.train import train
 
 LAYERS, HIDDEN, KEY, INTERMEDIATE = 32, 4096, 1024, 14336
 LINEARS = [

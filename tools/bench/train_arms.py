@@ -41,7 +41,7 @@ def ours(packed: Path, adapter: Path, rate: float = RATE, **switches: Any) -> St
     from nf4.data.batches import IGNORED, Batch
     from nf4.paging.optim import PagedAdamW
     from nf4.training.determinism import deterministic
-    from nf4.training.train import train_step
+    from nf4.training.step import train_step
 
     model = nf4.load(packed, device="cuda", dtype="bfloat16", adapter=adapter)
     for parameter in model.parameters():

@@ -99,7 +99,20 @@ _INPUT = click.Path(path_type=Path, exists=True, dir_okay=False)
     " there; the rest is paged to host memory.  [default: all]",
 )
 @click.option("--page-file", type=_PATH, help="Where paged state goes on a CPU.  [default: a temporary file]")
-@click.option("--save-every", type=int, default=0, help="Steps between saves; 0: at the end only.")
+@click.option(
+    "--save-every",
+    type=int,
+    default=0,
+    help="Steps between checkpoints; 0: only when stopped.",
+)
+@click.option("--keep", type=int, default=3, help="How many checkpoints stay, the newest; 0: all.")
+@click.option(
+    "--resume",
+    is_flag=False,
+    flag_value="newest",
+    metavar="[PATH]",
+    help="Go on from a checkpoint, or from the newest one in OUT.checkpoints; begin where there is none.",
+)
 @click.option("--log", type=_PATH, help="JSONL log of the run.  [default: OUT.jsonl]")
 @click.option("--device", default="auto", help="cpu, cuda, cuda:1; auto: a GPU where one can be used.")
 @click.option("--threads", type=int, help="CPU threads.  [default: torch's choice]")
@@ -119,7 +132,9 @@ def command(file: Path, **given: Any) -> None:
     from ..loading import load
     from ..lora import ALL_LINEAR, LoraConfig
     from ..text.tokenizer import Tokenizer
-    from ..training.train import TrainOptions, check_options, perplexity_of, train
+    from ..training.evaluation import perplexity_of
+    from ..training.options import TrainOptions, check_options
+    from ..training.train import train
 
     if given["threads"]:
         torch.set_num_threads(given["threads"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,7 +13,6 @@ from ..model.attention import Segments
 from .dataset import Example
 
 IGNORED = -100  # label of a position without loss, torch's and transformers' convention
-_ORDER_STREAM = 2  # keeps random streams of one seed apart
 
 
 @dataclass(frozen=True)
@@ -58,14 +57,6 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     if tensor.device.type == "cpu" and device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
-
-
-def example_order(count: int, seed: int) -> Iterator[int]:
-    """Example indices without end: epoch after epoch, each a permutation given by seed and epoch."""
-    epoch = 0
-    while True:
-        yield from np.random.default_rng([seed, _ORDER_STREAM, epoch]).permutation(count).tolist()
-        epoch += 1
 
 
 def make_batch(examples: Sequence[Example], indices: Sequence[int] = ()) -> Batch:

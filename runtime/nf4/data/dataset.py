@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
+import xxhash
 
 
 class Example(NamedTuple):
@@ -88,6 +89,15 @@ class Dataset(ABC):
         """The largest id in any example, or above it; 0 without examples."""
         return max((int(example.ids.max()) for example in self), default=0)
 
+    @property
+    def fingerprint(self) -> str:
+        """A sum of all examples in their order, or of all that they were made of; hexadecimal digits."""
+        total = xxhash.xxh3_128(self.lengths.tobytes())
+        for example in self:
+            total.update(example.ids.tobytes())
+            total.update(example.labelled.tobytes())
+        return total.hexdigest()
+
     def __len__(self) -> int:
         return len(self.lengths)
 
@@ -147,6 +157,12 @@ class Subset(Dataset):
     def max_token_id(self) -> int:
         return self._dataset.max_token_id
 
+    @property
+    def fingerprint(self) -> str:
+        total = xxhash.xxh3_128(self._dataset.fingerprint.encode())
+        total.update(self._indices.tobytes())
+        return total.hexdigest()
+
     def place(self, index: int) -> str:
         return self._dataset.place(int(self._indices[index]))
 
@@ -167,6 +183,10 @@ class Concatenation(Dataset):
     def __getitem__(self, index: int) -> Example:
         dataset, own = self._find(index)
         return dataset[own]
+
+    @property
+    def fingerprint(self) -> str:
+        return xxhash.xxh3_128_hexdigest(" ".join(each.fingerprint for each in self._datasets).encode())
 
     def place(self, index: int) -> str:
         dataset, own = self._find(index)

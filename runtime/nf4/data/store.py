@@ -134,7 +134,7 @@ class TokenStore(Dataset):
         self._offsets = np.frombuffer(tail, "<i8", count + 1)
         self.lengths = np.frombuffer(tail, "<i4", count, 8 * (count + 1))
         self.label_counts = np.frombuffer(tail, "<i4", count, 8 * (count + 1) + 4 * count)
-        self._max_id = max_id
+        self._max_id, self._key = max_id, key
         self._check(data, seq_len)
         self._map = mmap.mmap(descriptor, data, access=mmap.ACCESS_READ)
         self._path = path
@@ -153,6 +153,10 @@ class TokenStore(Dataset):
     @property
     def max_token_id(self) -> int:
         return self._max_id
+
+    @property
+    def fingerprint(self) -> str:
+        return self._key
 
     def with_path(self, path: Path) -> TokenStore:
         """The same store, its report under the name that the user gave: it may have been made of a copy."""

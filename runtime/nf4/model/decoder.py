@@ -220,6 +220,11 @@ class Decoder(nn.Module):
         """Gives back what recorded passes hold; they are recorded again when their shapes come again."""
         self._graphs = LayerGraphs()
 
+    @property
+    def graphs(self) -> LayerGraphs:
+        """Recorded passes."""
+        return self._graphs
+
     def _step(self, index: int, layer: nn.Module) -> LayerStep | None:
         """The layer's step by hand, made once; None where it has to go by its modules."""
         assert isinstance(layer, DecoderLayer)

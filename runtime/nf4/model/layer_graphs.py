@@ -5,6 +5,10 @@ shape has come up often enough, its pass forward and its pass backward are recor
 from static buffers. The backward graph adds to the gradients where they lie, so it holds for as long as they
 stay there.
 
+A replayed pass rounds a little otherwise than one layer by layer: gradients are added in another order. For
+a run that goes on from a checkpoint to take the same way for every pass as one never stopped, what decides it
+travels with the checkpoint (`history`), and passes recorded before are recorded again at their next turn.
+
 One recorded pass can be under way at a time: what it keeps for its backward lies in memory that all graphs
 share. A second one, and everything that was not recorded, goes layer by layer as without graphs.
 """
@@ -13,7 +17,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +37,8 @@ class LayerGraphs:
     def __init__(self) -> None:
         self._recorded: dict[tuple[Any, ...], _Recorded] = {}
         self._passes: Counter[tuple[Any, ...]] = Counter()
+        # Recorded before the run was stopped, and not yet again.
+        self._owed: set[tuple[Any, ...]] = set()
         self._pool: Any = None
         self._is_full = False
         self._under_way: weakref.ref[_Token] | None = None
@@ -54,17 +60,22 @@ class LayerGraphs:
             or len(x_BTH[0]) * len(x_BTH) > MOST_TOKENS
         ):
             return None
-        key = (x_BTH.shape, x_BTH.dtype, x_BTH.device, x_BTH.requires_grad, contexts[0].cos_PTD.shape, keep)
+        cos_shape = tuple(contexts[0].cos_PTD.shape)
+        key = (tuple(x_BTH.shape), str(x_BTH.dtype), x_BTH.requires_grad, cos_shape, keep)
         recorded = self._recorded.get(key)
         if recorded is None or not recorded.holds(parameters):
             self._recorded.pop(key, None)
             self._passes[key] += 1
-            self._is_full |= len(self._recorded) >= MOST_GRAPHS
-            if self._passes[key] <= PASSES_BEFORE or self._is_full:
+            is_owed = key in self._owed
+            self._is_full |= len(self._recorded) + len(self._owed) - is_owed >= MOST_GRAPHS
+            if not is_owed and (self._passes[key] <= PASSES_BEFORE or self._is_full):
                 return None
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
+            self._owed.discard(key)
             try:
+                if is_owed:
+                    _rehearse(x_BTH, steps, contexts[0], keep)
                 recorded = self._recorded[key] = _Recorded(x_BTH, steps, contexts[0], keep, self._pool)
             except torch.OutOfMemoryError:
                 self._is_full = True  # what graphs keep is missing elsewhere
@@ -73,6 +84,58 @@ class LayerGraphs:
         self._under_way = weakref.ref(token)
         output: Tensor = _Replay.apply(x_BTH, recorded, token, contexts[0], parameters[0])
         return output
+
+    def history(self) -> dict[str, Any]:
+        """What decides for each shape whether it is recorded, as JSON values."""
+        shapes = [
+            {
+                "input": list(shape),
+                "dtype": dtype,
+                "requires_grad": requires_grad,
+                "angles": list(angles),
+                "keep": keep,
+                "passes": passes,
+                "is_recorded": key in self._recorded or key in self._owed,
+            }
+            for key, passes in self._passes.items()
+            for shape, dtype, requires_grad, angles, keep in [key]
+        ]
+        return {"shapes": shapes, "is_full": self._is_full}
+
+    def follow(self, history: Mapping[str, Any]) -> None:
+        """Decide from now on as where `history` was taken.
+
+        Raises:
+            KeyError, TypeError, ValueError: not what `history` gives.
+        """
+        for shape in history["shapes"]:
+            key = (
+                tuple(map(int, shape["input"])),
+                str(shape["dtype"]),
+                bool(shape["requires_grad"]),
+                tuple(map(int, shape["angles"])),
+                bool(shape["keep"]),
+            )
+            self._passes[key] = int(shape["passes"])
+            if shape["is_recorded"]:
+                self._owed.add(key)
+        self._is_full = bool(history["is_full"])
+
+
+def _rehearse(x_BTH: Tensor, steps: Sequence[LayerStep], context: Context, keep: bool) -> None:
+    """A pass that leaves nothing: libraries choose and load at first use, which cannot be recorded."""
+    with torch.no_grad():
+        y, kept = x_BTH.detach(), []
+        for step in steps:
+            x = y
+            y, activations = step.forward(x, context, keep=keep)
+            kept.append((x, activations))
+        grad: Tensor | None = torch.zeros_like(y)
+        for i, step in reversed(list(enumerate(steps))):
+            assert grad is not None
+            gradients = [torch.zeros_like(parameter) for parameter in step.parameters]
+            wants = i > 0 or x_BTH.requires_grad
+            grad = step.backward(*kept.pop(), grad, context, gradients, add=True, wants_grad_x=wants)
 
 
 class _Token:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import resource
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -14,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..paging.optim import PagedAdamW
-from .runlog import RunLog, memory_bytes
+from .runlog import RunLog
 from .step import not_finite
 
 
@@ -23,10 +26,12 @@ class TrainSummary:
     """How a run went.
 
     Attributes:
-        steps, tokens: optimizer steps done, and tokens that went through the model for them.
+        steps, tokens: optimizer steps done, and tokens that went through the model for them; those before a
+            checkpoint that the run went on from included.
         seconds: spent in these steps, evaluations and saves not counted.
         evaluations: step -> mean negative log-likelihood, in nats, on the evaluation data.
         stopped_by: name of the signal that ended the run early, or None.
+        gave_up: whether early stopping ended it.
     """
 
     out: Path
@@ -36,6 +41,7 @@ class TrainSummary:
     seconds: float = 0.0
     evaluations: dict[int, float] = field(default_factory=dict)
     stopped_by: str | None = None
+    gave_up: bool = False
 
     @property
     def tokens_per_second(self) -> float:
@@ -84,23 +90,30 @@ class StepReports:
     """Takes the numbers of each step, and writes them to summary, log and bar when `catch_up` is called.
 
     Args:
+        logs: of what is computed, and of how long it takes.
         say: told at the start, and whenever that changes, how much optimizer state is paged.
     """
 
     def __init__(
         self,
         summary: TrainSummary,
-        log: RunLog,
+        logs: tuple[RunLog, RunLog],
         bar: tqdm,
         optimizer: PagedAdamW,
         say: Callable[[str], None],
     ) -> None:
-        self._summary, self._log, self._bar, self._optimizer = summary, log, bar, optimizer
+        self._summary, self._bar, self._optimizer = summary, bar, optimizer
+        self._log, self._timing = logs
         self._say = say
         self._unread: list[StepNumbers] = []
         self._state_bytes = optimizer.pager.num_pages * optimizer.pager.page_bytes
         self._capacity_told = self._state_bytes
         self._tell_paging()
+
+    @property
+    def unread(self) -> int:
+        """Steps added and not reported yet."""
+        return len(self._unread)
 
     def add(self, numbers: StepNumbers) -> None:
         """A step whose work has been started."""
@@ -131,18 +144,23 @@ class StepReports:
             "lr": numbers.rate,
             "grad_norm": norm,
             "tokens": summary.tokens,
+        }
+        if numbers.loss_scale is not None:
+            record["loss_scale"] = numbers.loss_scale
+        timing: dict[str, Any] = {
+            "step": numbers.step,
+            "seconds": round(elapsed, 6),
             "tokens_per_second": round(numbers.tokens / elapsed, 1),
             "memory_bytes": memory,
         }
         device, pager = self._optimizer.device, self._optimizer.pager
         if device.type == "cuda":
-            record["gpu_memory_bytes"] = torch.cuda.max_memory_allocated(device)
-        if numbers.loss_scale is not None:
-            record["loss_scale"] = numbers.loss_scale
+            timing["gpu_memory_bytes"] = torch.cuda.max_memory_allocated(device)
         if pager.capacity_bytes < self._state_bytes:
-            record["pages"] = asdict(pager.stats)
+            timing["pages"] = asdict(pager.stats)
             self._tell_paging()
         self._log.write(**record)
+        self._timing.write(**timing)
         self._bar.update()
         self._bar.set_postfix_str(
             f"loss {loss:.3f}, {summary.tokens_per_second:,.0f} tokens/s, {memory / 2**20:,.0f} MiB"
@@ -155,3 +173,13 @@ class StepReports:
             place = "on the GPU" if self._optimizer.device.type == "cuda" else "in memory"
             kept = f"at most {capacity:,} of them {place}, the rest paged"
             self._say(f"optimizer state: {self._state_bytes:,} bytes, {kept}")
+
+
+def memory_bytes() -> int:
+    """Memory of this process that is in RAM now, mapped files included; the peak where only that is known."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,4 +1,4 @@
-"""What a run leaves and shows while it goes: a JSONL log, memory in use, and a request to stop."""
+"""The JSONL files that a run writes while it goes, cut back to where a checkpoint was made on resume."""
 
 from __future__ import annotations
 
@@ -6,15 +6,22 @@ import errno
 import json
 import math
 import os
-import resource
-import signal
-import sys
-import threading
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import xxhash
 
 from ..errors import TrainError
+
+_READ_BYTES = 1 << 20
+
+
+class LogPosition(NamedTuple):
+    """How long a log is, and XXH3-64 of these bytes in hexadecimal digits."""
+
+    num_bytes: int
+    sum: str
 
 
 class RunLog:
@@ -27,6 +34,55 @@ class RunLog:
         self.path = path
         self._fd: int | None = None
         self._size = 0
+        self._sum = xxhash.xxh3_64()
+
+    def resume(self, position: LogPosition) -> None:
+        """Go on after the records up to a position; those behind it are cut off.
+
+        Raises:
+            TrainError: the file does not begin with what was written up to that position.
+        """
+        if position.num_bytes == 0:
+            return
+        try:
+            fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
+        except OSError as error:
+            raise self._other(f"cannot be opened: {error.strerror}") from error
+        try:
+            at = 0
+            while at < position.num_bytes:
+                data = os.pread(fd, min(_READ_BYTES, position.num_bytes - at), at)
+                if not data:
+                    raise self._other("is shorter than it was when the checkpoint was made")
+                self._sum.update(data)
+                at += len(data)
+            if self._sum.hexdigest() != position.sum:
+                raise self._other("is not the one that the checkpoint belongs to")
+            os.ftruncate(fd, position.num_bytes)
+        except BaseException:
+            os.close(fd)
+            self._sum = xxhash.xxh3_64()
+            raise
+        self._fd, self._size = fd, position.num_bytes
+
+    def _other(self, problem: str) -> TrainError:
+        remedy = "put the log of that run there, or pass --force to begin a new one"
+        return TrainError(self.path, f"the log {problem}", remedy=remedy)
+
+    def position(self) -> LogPosition:
+        """Where the log is now; what stands before it is on the disk when this returns.
+
+        Raises:
+            TrainError: the disk reports an error.
+        """
+        if self._fd is not None:
+            try:
+                os.fsync(self._fd)
+            except OSError as error:
+                # Pipes and some devices cannot be synced, and cannot be resumed either.
+                if error.errno not in (errno.EINVAL, errno.EROFS, errno.ENOTSUP):
+                    raise TrainError(self.path, f"cannot write the log: {error.strerror}") from error
+        return LogPosition(self._size, self._sum.hexdigest())
 
     def write(self, **record: Any) -> None:
         """Append one record.
@@ -41,7 +97,7 @@ class RunLog:
         line = (json.dumps(finite) + "\n").encode()
         try:
             if self._fd is None:
-                flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC
+                flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC
                 self._fd = os.open(self.path, flags, 0o666)
             if os.write(self._fd, line) != len(line):
                 os.ftruncate(self._fd, self._size)
@@ -49,6 +105,7 @@ class RunLog:
         except OSError as error:
             raise TrainError(self.path, f"cannot write the log: {error.strerror}") from error
         self._size += len(line)
+        self._sum.update(line)
 
     def __enter__(self) -> RunLog:
         return self
@@ -59,47 +116,3 @@ class RunLog:
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None
-
-
-class StopRequest:
-    """Turns the first Ctrl-C or SIGTERM inside the `with` block into a wish to stop after this step.
-
-    A second Ctrl-C interrupts at once. Outside the main thread signals are left alone.
-
-    Attributes:
-        signal: the signal received, or None.
-    """
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-    def __init__(self) -> None:
-        self.signal: signal.Signals | None = None
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
-        return self
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.signal = signal.Signals(number)
-        self._restore()
-
-    def _restore(self) -> None:
-        while self._before:
-            signal.signal(*self._before.popitem())
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._restore()
-
-
-def memory_bytes() -> int:
-    """Memory of this process that is in RAM now, mapped files included; the peak where only that is known."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

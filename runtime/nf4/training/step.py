@@ -25,6 +25,8 @@ from .loss import backward_loss, labelled_positions
 
 T = TypeVar("T")
 
+RATE_FACTOR = "rate_factor"  # of a parameter group: its learning rate is that of the step times this
+
 
 def train_step(
     model: CausalLM,
@@ -154,7 +156,7 @@ def _forward_backward(model: CausalLM, optimizer: PagedAdamW, batches: Sequence[
 
 def _update(optimizer: PagedAdamW, rate: float, factor: Tensor) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get(RATE_FACTOR, 1.0)
     optimizer.step(gradient_factor=factor)
 
 
