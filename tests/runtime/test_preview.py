@@ -111,7 +111,8 @@ def test_table_of_a_packed_run_with_evaluation() -> None:
         [example(1, 2, 3, labelled=[2])], DataReport((FileReport("held.txt", 1, 1, 0, 0, 3, 1),))
     )
     table = run_table(batches(packing="best-fit"), held, tokens_per_second=0.5).splitlines()
-    assert "held.txt      1         1       3       3    3        3    0         0   66.7%" in table
+    assert "held.txt       1         1       3       3    3        3    0         0   66.7%" in table
+    assert "evaluation     1         1       3       3    3        3    0         0   66.7%" in table
     assert "packing        4 examples in 3 rows of 16, 70.8% full" in table
     assert table[-1] == "expected time  about 68 s at 0 tokens/s"
 

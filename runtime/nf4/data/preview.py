@@ -131,7 +131,7 @@ def _file_table(datasets: Mapping[str, Dataset]) -> list[str]:
             part = slice(first, first + file.examples)
             first = part.stop
             table.append((_visible(file.path), *_counts(file, dataset, part)))
-        if len(files) != 1:
+        if len(files) != 1 or len(datasets) > 1:
             table.append((name, *_counts(dataset.report, dataset, slice(0, len(dataset)))))
     widths = [max(len(row[column]) for row in table) for column in range(len(_HEAD))]
     return [

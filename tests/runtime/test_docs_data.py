@@ -21,7 +21,7 @@ from nf4.data.split import split
 from nf4.errors import TrainError
 from nf4.text.tokenizer import Tokenizer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+) ?(.*)\n((?:.*\n)*?)```$", PAGE, re.MULTILINE)
 EXAMPLES = [(info, content) for kind, info, content in BLOCKS if kind == "tokens"]
