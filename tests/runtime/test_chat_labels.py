@@ -360,9 +360,9 @@ def test_padding_like_the_end_token_masks_no_end(encode: Encode) -> None:
 
 def test_tokens_of_spans_are_those_that_offsets_tell(tokenizer: Tokenizer) -> None:
     text = "the cat 🐸🐸 sat<|im_end|>\n日本 on  the mat"
-    spans = [(begin, end) for begin in range(len(text)) for end in range(begin + 1, len(text) + 1)]
+    spans = [(begin, end) for begin in range(len(text) + 1) for end in range(begin, len(text) + 1)]
     (found,) = tokenizer.encode_with_spans([text], [spans])
     offsets = tokenizer._backend.encode(text, add_special_tokens=False).offsets
     assert found.spans == [tokens_by_offsets(offsets, span) for span in spans]
     assert [found.characters(index) for index in range(len(found.ids))] == offsets
-    assert tokenizer.encode_with_spans(["abc"], [[(1, 1)]])[0].spans == [(0, 0)]
+    assert tokenizer.encode_with_spans(["abc"], [[(1, 1), (3, 3)]])[0].spans == [(1, 1), (3, 3)]

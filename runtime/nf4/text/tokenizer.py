@@ -23,7 +23,7 @@ _REPLACEMENT = "\ufffd"  # what decoders print for bytes that are not (yet) vali
 
 class SpanTokens(NamedTuple):
     """A text's ids. spans: for each span of characters the tokens [first, last) that share a character with
-    it; first = last where none does. characters: of a token, the characters [begin, end)."""
+    it; where none does, first = last is the first token behind the span. characters: of a token, the characters [begin, end)."""
 
     ids: list[int]
     spans: list[Span]
@@ -198,10 +198,8 @@ def _text(token: Any) -> str | None:
 def _tokens_of(encoding: Encoding, span: Span) -> Span:
     """The tokens [first, last) that share a character with the characters [begin, end)."""
     begin, end = span
-    if begin >= end:
-        return 0, 0
-    first, last = encoding.char_to_token(begin), encoding.char_to_token(end - 1)
-    if first is None or last is None:  # characters that the tokenizer leaves out
+    first, last = encoding.char_to_token(begin), encoding.char_to_token(max(end - 1, 0))
+    if begin == end or first is None or last is None:  # None: of characters that the tokenizer leaves out
         return tokens_by_offsets(encoding.offsets, span)
     count = len(encoding)
     while last < count and _characters(encoding, last)[0] < end:  # a character may be several tokens
@@ -213,7 +211,10 @@ def tokens_by_offsets(offsets: Sequence[Span], span: Span) -> Span:
     """What `encode_with_spans` tells of a span, from the characters of every token."""
     begin, end = span
     shared = [index for index, (left, right) in enumerate(offsets) if left < end and right > begin]
-    return (shared[0], shared[-1] + 1) if shared else (0, 0)
+    if shared and begin < end:
+        return shared[0], shared[-1] + 1
+    behind = next((index for index, (left, _) in enumerate(offsets) if left >= end), len(offsets))
+    return behind, behind
 
 
 def _characters(encoding: Encoding, token: int) -> Span:
