@@ -217,13 +217,17 @@ def test_long_documents_come_in_pieces_that_make_them_whole(write: Write) -> Non
     assert list(pieces("ab", 100)) == [Piece("ab", True)]
 
 
-def test_documents_that_are_not_text_are_told_with_their_line(write: Write) -> None:
-    with DataFile(write("a.txt", b"a\n\nb \xff c")) as file:
-        with pytest.raises(TrainError, match=r"a.txt:3: not UTF-8, got byte 0xff; convert it to UTF-8"):
-            list(read_documents(file))
-    with DataFile(write("b.txt", b"a\n\xe2\x82")) as file:
-        with pytest.raises(TrainError, match=r"b.txt:2: not UTF-8, got byte 0xe2"):
-            list(read_documents(file))
+@pytest.mark.parametrize(
+    ("content", "place"), [(b"a\n\nb \xff c", "3: not UTF-8, got byte 0xff"), (b"a\n\xe2\x82", "2: .* 0xe2")]
+)
+def test_documents_that_are_not_text_are_told_with_their_line(
+    content: bytes, place: str, write: Write
+) -> None:
+    with (
+        DataFile(write("a.txt", content)) as file,
+        pytest.raises(TrainError, match=f"a.txt:{place}; convert it to UTF-8"),
+    ):
+        list(read_documents(file))
 
 
 @pytest.mark.parametrize(
@@ -274,7 +278,7 @@ def test_a_directory_is_all_its_data_in_order(tmp_path: Path) -> None:
         link.unlink()
     (folder / "a" / "loop").symlink_to(folder)
     assert len(find_files(folder)) == 3
-    with pytest.raises(TrainError, match="no data in the directory, expected files with one of .txt"):
+    with pytest.raises(TrainError, match=r"no data in the directory, expected files with one of .txt"):
         find_files(outside)
     assert set(KINDS.values()) == {"text", "jsonl", "json", "csv", "tsv", "parquet"}
 
