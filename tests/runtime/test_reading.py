@@ -169,3 +169,94 @@ def test_other_problems_with_data_are_told(write: Write) -> None:
     endless.eos_ids = ()
     with pytest.raises(TrainError, match="names no end token"):
         load_dataset([write("x.jsonl", rows(("a", "b")))], endless, DataOptions(seq_len=8))
+
+
+def texts(*contents: str) -> str:
+    return "".join(json.dumps({"text": content}) + "\n" for content in contents)
+
+
+def test_rows_of_text_are_closed_and_long_ones_are_cut_not_lost(write: Write) -> None:
+    path = write("a.jsonl", texts("a b", " \n", "c d e f g h i"))
+    dataset = load_dataset([path], WordTokenizer(), DataOptions(seq_len=4))
+    a, b, c, d, e, f, g, h, i = range(3, 12)
+    expected = [[BOS, a, b, EOS], [BOS, c, d, e], [BOS, f, g, h], [BOS, i, EOS]]
+    assert [example.ids.tolist() for example in dataset] == [
+        expected[0],
+        *[
+            [number + 1 if number > b else number for number in one] for one in expected[1:]
+        ],  # " \n" has an id
+    ]
+    assert all(first_label(example) == 1 for example in dataset)
+    (report,) = dataset.report.files
+    assert (report.rows, report.examples, report.truncated, report.dropped) == (3, 4, 0, 1)
+    # Without BOS a last window of one token has nothing to predict.
+    one, two = load([write("b.jsonl", texts("a b c d"))], NoBos(), 4), load([path], NoBos(), 4)
+    assert [example.ids.tolist() for example in one] == [[3, 4, 5, 6]]
+    assert len(two) == 3
+
+
+def test_texts_longer_than_one_encoding_lose_nothing(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nf4.data.encode.MAX_WHOLE", 80)
+    words = [f"w{number}" for number in range(300)]
+    tokenizer = WordTokenizer()
+    (example,) = load([write("a.jsonl", texts(" ".join(words)))], tokenizer, 512)
+    names = {number: word for word, number in tokenizer.words.items()}
+    assert [names[int(number)].strip() for number in example.ids[1:-1]] == words
+    assert example.ids[[0, -1]].tolist() == [BOS, EOS]
+
+
+def test_loss_on_everything_and_a_tokenizer_that_closes_every_text(write: Write) -> None:
+    class Closing(WordTokenizer):
+        def encode(self, text: str, special: bool = True) -> list[int]:
+            return super().encode(text, special) + [EOS] * special
+
+    path = write("a.jsonl", rows(("q r", " s t")))
+    for tokenizer in (WordTokenizer(), Closing()):
+        (example,) = load_dataset([path], tokenizer, DataOptions(seq_len=16, loss="all"))
+        assert example.ids.tolist() == [BOS, 3, 4, 5, 6, EOS]
+        assert first_label(example) == 1
+        (example,) = load_dataset([path], tokenizer, DataOptions(seq_len=16))
+        assert first_label(example) == 3
+
+
+def test_every_row_cut_is_an_error_and_one_that_is_not_makes_it_a_report(write: Write) -> None:
+    long = ("a", " b c d e f g h")
+    with pytest.raises(
+        TrainError, match=r"x.jsonl: every row is cut: all 2 are longer than .* of 5; raise the"
+    ):
+        load([write("x.jsonl", rows(long, long))], WordTokenizer(), 5)
+    dataset = load_dataset(
+        [write("x.jsonl", rows(long, long, ("a", " b")))], WordTokenizer(), DataOptions(seq_len=5)
+    )
+    assert dataset.report.truncated == 2
+
+
+def test_conversations_need_a_template_and_questions_do_not(write: Write) -> None:
+    chat = write("a.jsonl", json.dumps({"messages": [{"role": "user", "content": "a"}]}))
+    with pytest.raises(TrainError, match=r"a.jsonl:1: conversations need a chat template"):
+        load([chat], WordTokenizer(), 16)
+    question = write("b.csv", "question,answer\nwho,me\n")
+    (example,) = load([question], WordTokenizer(), 16)
+    assert example.ids.tolist() == [BOS, 3, 4, 5, EOS]  # "Question:", " who\nAnswer:", " me"
+    assert first_label(example) == 3
+    with pytest.raises(TrainError, match="conversations need a chat template"):
+        load_dataset([question], WordTokenizer(), DataOptions(seq_len=16, as_chat=True))
+
+
+def test_progress_is_shown_on_request(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write("a.txt", "a b c d e f g h i j k l m n o p")
+    load_dataset([path], WordTokenizer(), DataOptions(seq_len=5))
+    assert capsys.readouterr().err == ""
+    load_dataset([path], WordTokenizer(), DataOptions(seq_len=5), progress=True)
+    assert "tokenizing a.txt" in capsys.readouterr().err
+
+
+def test_an_error_in_the_middle_comes_from_its_row_and_ends_the_work(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows are read ahead by a thread; what it meets is told once the rows before are done."""
+    monkeypatch.setattr("nf4.data.reading._BATCH_ROWS", 3)
+    content = rows(*[("a", " b")] * 10) + '{"prompt": 1, "completion": ""}\n' + rows(("a", " b"))
+    with pytest.raises(TrainError, match=r"x.jsonl:11: bad prompt"):
+        load([write("x.jsonl", content)], WordTokenizer(), 16)
+    assert len(load([write("x.jsonl", rows(*[("a", " b")] * 10))], WordTokenizer(), 16)) == 10

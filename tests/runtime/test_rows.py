@@ -201,20 +201,28 @@ def test_documents_are_those_of_splitting_the_whole(
     assert found == [Piece(one, True) for one in text.split(DOCUMENT_SEPARATOR) if one.strip()]
 
 
+def test_many_small_documents_take_time_that_grows_with_them(write: Write) -> None:
+    path = write("a.txt", DOCUMENT_SEPARATOR.join(["a"] * 100_000))
+    with DataFile(path) as file:
+        assert sum(1 for _ in read_documents(file)) == 100_000
+
+
 def test_long_documents_come_in_pieces_that_make_them_whole(write: Write) -> None:
     long = "".join(f"line {i} of the text\n" for i in range(500))
     text = DOCUMENT_SEPARATOR.join(["short", long, "x" * 1000, "end"])
     with DataFile(write("a.txt", text)) as file:
-        found = list(read_documents(file, max_piece=100))
+        found = list(read_documents(file, max_whole=800))
     assert max(len(piece.text) for piece in found) <= 100
+    assert [piece.text for piece in found if piece.begins][-1] == "end"
     whole: list[str] = []
     for piece in found:
         whole += [piece.text] if piece.begins else [whole.pop() + piece.text]
     assert whole == ["short", long.removesuffix("\n") + "\n", "x" * 1000, "end"]
+    assert sum(piece.begins for piece in found) == 4
     assert all(piece.text.endswith("\n") for piece in found if "line" in piece.text)
-    assert "".join(piece.text for piece in pieces(long, 100)) == long
-    assert [piece.begins for piece in pieces(long, 100)][:3] == [True, False, False]
-    assert list(pieces("ab", 100)) == [Piece("ab", True)]
+    assert "".join(piece.text for piece in pieces(long, 800)) == long
+    assert [piece.begins for piece in pieces(long, 800)][:3] == [True, False, False]
+    assert list(pieces("ab", 800)) == [Piece("ab", True)]
 
 
 @pytest.mark.parametrize(
@@ -298,4 +306,4 @@ def test_a_file_that_changes_while_it_is_read_is_told(write: Write) -> None:
 
 def test_limits_are_what_the_messages_say() -> None:
     assert rows.MAX_ROW_BYTES == 64 << 20
-    assert documents.MAX_PIECE == 4 << 20
+    assert documents.MAX_WHOLE == 4 << 20

@@ -1,4 +1,4 @@
-"""Tokenized data in files: what was put in comes out, and a damaged, foreign or hostile file is not believed."""
+"""Tokenized data in files: what was put in comes out; damaged, foreign or hostile files are not believed."""
 
 from __future__ import annotations
 

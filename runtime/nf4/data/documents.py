@@ -10,8 +10,10 @@ from ..errors import TrainError
 from .files import DataFile
 
 DOCUMENT_SEPARATOR: Final = "\n<|doc|>\n"
-# A longer document is encoded in pieces of so many characters: an encoding takes some 100 bytes a character.
-MAX_PIECE: Final = 4 << 20
+# A longer document is encoded in pieces, as an encoding takes some 100 bytes a character: several at once, by
+# all cores.
+MAX_WHOLE: Final = 4 << 20
+_PIECES: Final = 8  # in MAX_WHOLE
 
 
 class Piece(NamedTuple):
@@ -21,43 +23,46 @@ class Piece(NamedTuple):
     begins: bool
 
 
-def read_documents(file: DataFile, max_piece: int = MAX_PIECE) -> Iterator[Piece]:
+def read_documents(file: DataFile, max_whole: int = MAX_WHOLE) -> Iterator[Piece]:
     """What `text.split(DOCUMENT_SEPARATOR)` gives, without documents of white space and without holding it.
 
-    A document of more than `max_piece` characters comes in several pieces, cut behind a line's end or before
-    a space where there is one.
+    A document of more than `max_whole` characters comes in pieces of an eighth of that, cut behind a line's
+    end or before a space where there is one.
 
     Raises:
         TrainError: not UTF-8, told as file:line.
     """
-    buffer, begins, searched = "", True, 0
+    buffer, begins = "", True
     for text in decoded(file):
+        # The separator may have begun in what is here.
+        searched = max(0, len(buffer) - len(DOCUMENT_SEPARATOR) + 1)
         buffer += text
+        start = 0  # of what has not been given out
         while True:
             at = buffer.find(DOCUMENT_SEPARATOR, searched)
-            if 0 <= at <= max_piece:
-                if not begins or buffer[:at].strip():
-                    yield Piece(buffer[:at], begins)
-                buffer, begins, searched = buffer[at + len(DOCUMENT_SEPARATOR) :], True, 0
-            elif len(buffer) > max_piece + len(DOCUMENT_SEPARATOR):
-                cut = _cut(buffer, max_piece)
-                if not begins or buffer[:cut].strip():
-                    yield Piece(buffer[:cut], begins)
-                    begins = False
-                buffer, searched = buffer[cut:], 0
+            most = max_whole if begins else max_whole // _PIECES
+            if 0 <= at <= start + most:
+                stop, behind = at, at + len(DOCUMENT_SEPARATOR)
+            elif at >= 0 or len(buffer) - start > most + len(DOCUMENT_SEPARATOR):
+                stop = behind = start + _cut(buffer[start : start + max_whole // _PIECES])
             else:
-                # The separator may have begun in what is here.
-                searched = max(0, len(buffer) - len(DOCUMENT_SEPARATOR) + 1)
                 break
+            if not begins or buffer[start:stop].strip():
+                yield Piece(buffer[start:stop], begins)
+                begins = False
+            begins = begins or behind > stop
+            searched = start = behind
+        buffer = buffer[start:]
     if buffer.strip() or (buffer and not begins):
         yield Piece(buffer, begins)
 
 
-def pieces(text: str, max_piece: int = MAX_PIECE) -> Iterator[Piece]:
-    """A document in hand in pieces of at most `max_piece` characters, cut as `read_documents` does."""
-    at = 0
-    while len(text) - at > max_piece:
-        cut = at + _cut(text[at : at + max_piece], max_piece)
+def pieces(text: str, max_whole: int) -> Iterator[Piece]:
+    """A document in hand, in pieces as `read_documents` gives them."""
+    at, most = 0, max_whole
+    while len(text) - at > most:
+        most = max_whole // _PIECES
+        cut = at + _cut(text[at : at + most])
         yield Piece(text[at:cut], at == 0)
         at = cut
     yield Piece(text[at:], at == 0)
@@ -91,10 +96,11 @@ def not_utf8(file: DataFile, line: int, error: UnicodeDecodeError) -> TrainError
     return TrainError(f"{file.path}:{line}", "not UTF-8", got=got, remedy="convert it to UTF-8")
 
 
-def _cut(text: str, most: int) -> int:
-    """Where to cut a text so that the first part has at most `most` characters and at least half of that."""
-    at = text.rfind("\n", most // 2, most)
+def _cut(text: str) -> int:
+    """Where to cut a text: behind the last line's end or before the last space of its second half."""
+    half = len(text) // 2
+    at = text.rfind("\n", half)
     if at >= 0:
         return at + 1
-    at = text.rfind(" ", most // 2, most)
-    return at if at > 0 else most
+    at = text.rfind(" ", half)
+    return at if at > 0 else len(text)

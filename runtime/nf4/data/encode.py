@@ -11,7 +11,7 @@ import numpy as np
 from ..errors import TrainError
 from ..text.tokenizer import Span, SpanTokens
 from .dataset import Example
-from .documents import MAX_PIECE, Piece, pieces
+from .documents import MAX_WHOLE, Piece, pieces
 from .options import DataOptions
 from .renderer import Renderer
 from .sandbox import Rendered
@@ -86,6 +86,9 @@ class RowEncoder:
     def encode(self, places: Sequence[str], samples: Sequence[Sample]) -> Iterator[Encoded]:
         """Examples of each sample, in order; all samples are of one kind.
 
+        What takes all cores is done when this returns, so that the next call may run in another thread
+        while examples are taken from the iterator.
+
         Raises:
             TrainError: the model has no end token for completions; no chat template, or one that refuses a
                 conversation, does not show the turns, or does not close them.
@@ -116,24 +119,28 @@ class RowEncoder:
 
     def _texts(self, samples: Sequence[Text]) -> Iterator[Encoded]:
         """Rows of text: closed by the end token, cut into examples where they are too long."""
-        head = begin_of_windows(self._tokenizer)
+        found = list(self._whole([sample.text for sample in samples]))
+        return self._closed(samples, found)
+
+    def _closed(self, samples: Sequence[Text], found: list[list[int]]) -> Iterator[Encoded]:
+        head, ends = begin_of_windows(self._tokenizer), self._tokenizer.eos_ids
         stride = self._options.seq_len - len(head)
-        for sample, ids in zip(samples, self._whole([sample.text for sample in samples]), strict=True):
+        for sample, ids in zip(samples, found, strict=True):
             if not sample.text.strip():
                 yield [], False
                 continue
-            closed = [*_open_end(ids, self._tokenizer.eos_ids), *self._tokenizer.eos_ids[:1]]
+            closed = [*_open_end(ids, ends), *ends[:1]]
             first, rest = closed[: self._options.seq_len], closed[self._options.seq_len :]
             parts = [first, *(head + rest[at : at + stride] for at in range(0, len(rest), stride))]
             yield [all_labelled(np.array(part, np.int32)) for part in parts if len(part) > 1], False
 
     def _whole(self, texts: Sequence[str]) -> Iterator[list[int]]:
         """Ids of texts of any length."""
-        if all(len(text) <= MAX_PIECE for text in texts):
+        if all(len(text) <= MAX_WHOLE for text in texts):
             yield from self._tokenizer.encode_batch(texts)
             return
         for text in texts:
-            yield list(chain.from_iterable(encode_pieces(self._tokenizer, list(pieces(text)))))
+            yield list(chain.from_iterable(encode_pieces(self._tokenizer, list(pieces(text, MAX_WHOLE)))))
 
     def _completions(self, places: Sequence[str], samples: Sequence[Completion]) -> Iterator[Encoded]:
         """Prompt, completion, end token. The completion's tokens are those that follow the prompt's in the
@@ -156,9 +163,15 @@ class RowEncoder:
         found = tokenizer.encode_batch([samples[index].completion for index in apart], special=False)
         for index, completion in zip(apart, found, strict=True):
             wholes[index] = prompts[index] + completion
+        return self._completed(samples, prompts, wholes)
+
+    def _completed(
+        self, samples: Sequence[Completion], prompts: list[list[int]], wholes: list[list[int]]
+    ) -> Iterator[Encoded]:
+        end = self._tokenizer.eos_ids[0]
         for prompt, whole, sample in zip(prompts, wholes, samples, strict=True):
             self._silent += not sample.completion.strip()
-            ids = np.array([*whole, ends[0]], dtype=np.int32)
+            ids = np.array([*whole, end], dtype=np.int32)
             labelled = np.arange(len(ids)) >= len(prompt)
             yield self._cut(ids, labelled)
 
@@ -167,8 +180,14 @@ class RowEncoder:
         rendered = list(self._rendering(places[0]).render(conversations))
         texts = [one.text for one in rendered]
         encoded = self._tokenizer.encode_with_spans(texts, [one.spans for one in rendered])
-        for (_, messages), one, tokens in zip(conversations, rendered, encoded, strict=True):
-            self._silent += sum(m["role"] == "assistant" and not m["content"].strip() for m in messages)
+        return self._answered(places[0], samples, rendered, encoded)
+
+    def _answered(
+        self, place: str, samples: Sequence[Chat], rendered: list[Rendered], encoded: list[SpanTokens]
+    ) -> Iterator[Encoded]:
+        for sample, one, tokens in zip(samples, rendered, encoded, strict=True):
+            for message in sample.messages:
+                self._silent += message["role"] == "assistant" and not message["content"].strip()
             ids = np.array(tokens.ids, dtype=np.int32)
             labelled = np.zeros(len(ids), dtype=bool)
             for first, last in self._turn_tokens(one, tokens):
@@ -176,7 +195,7 @@ class RowEncoder:
             yield self._cut(ids, labelled)
         if self._turns and not self._ended:
             raise TrainError(
-                places[0],
+                place,
                 f"chat template {self._template.name if self._template else ''} drops the end token: no turn"
                 " of the assistant ends with a special token, so the model would never learn to stop",
                 expected="such as " + (self._tokenizer.special_tokens.get("eos_token") or "an end token"),

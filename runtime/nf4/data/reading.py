@@ -16,10 +16,11 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 from tqdm import tqdm
 
@@ -76,13 +77,11 @@ def load_dataset(
     template = find_template(options.template, tokenizer.chat_templates)
     stores = []
     for path in map(Path, paths):
-        files = find_files(path)
-        for file in files:
-            if file != path and file.stat().st_size == 0:
-                continue  # of a directory; a file that was named must hold something
-            stores.append(_load_file(file, tokenizer, options, template, progress))
-        if not stores:
+        # Empty files of a directory are left out; a file that was named must hold something.
+        files = [file for file in find_files(path) if file == path or file.stat().st_size]
+        if not files:
             raise TrainError(path, "every file in the directory is empty")
+        stores += [_load_file(file, tokenizer, options, template, progress) for file in files]
     return stores[0] if len(stores) == 1 else Concatenation(stores)
 
 
@@ -184,10 +183,12 @@ class _Counts(NamedTuple):
 def _tokenize_text(file: DataFile, how: _Encoding, writer: StoreWriter) -> _Counts:
     windows = Windows(how.tokenizer, how.options.seq_len)
     documents = 0
-    for parts in _batches(read_documents(file), lambda part: len(part.text)):
-        documents += sum(part.begins for part in parts)
-        for example in windows.add(encode_pieces(how.tokenizer, parts)):
-            writer.add(example)
+    batches = _batches(read_documents(file), lambda part: len(part.text))
+    with closing(_ahead((parts, encode_pieces(how.tokenizer, parts)) for parts in batches)) as encoded:
+        for parts, tokens in encoded:
+            documents += sum(part.begins for part in parts)
+            for example in windows.add(tokens):
+                writer.add(example)
     for example in windows.finish():
         writer.add(example)
     if not len(writer):
@@ -197,11 +198,14 @@ def _tokenize_text(file: DataFile, how: _Encoding, writer: StoreWriter) -> _Coun
 
 def _tokenize_rows(file: DataFile, how: _Encoding, writer: StoreWriter) -> _Counts:
     rows = truncated = dropped = 0
-    with closing(RowEncoder(*how)) as encoder:
-        for batch in _batches(_samples(file, how), lambda pair: _characters(pair[1])):
-            places, samples = zip(*batch, strict=True)
-            rows += len(batch)
-            for examples, is_cut in encoder.encode(places, samples):
+    batches = _batches(_samples(file, how), lambda pair: _characters(pair[1]))
+    with (
+        closing(RowEncoder(*how)) as encoder,
+        closing(_ahead(encoder.encode(*zip(*batch, strict=True)) for batch in batches)) as encoded,
+    ):
+        for results in encoded:
+            for examples, is_cut in results:
+                rows += 1
                 truncated += is_cut
                 dropped += not examples
                 for example in examples:
@@ -245,6 +249,16 @@ def _samples(file: DataFile, how: _Encoding) -> Iterator[tuple[str, Sample]]:
 def _characters(sample: Sample) -> int:
     texts = [m["content"] for m in sample.messages] if isinstance(sample, Chat) else sample
     return sum(map(len, texts))
+
+
+def _ahead(items: Iterable[_T]) -> Generator[_T, None, None]:
+    """The items, each made by a thread while the caller works on the one before."""
+    iterator, end = iter(items), object()
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, iterator, end)
+        while (item := coming.result()) is not end:
+            coming = pool.submit(next, iterator, end)
+            yield cast(_T, item)
 
 
 def _batches(items: Iterator[_T], size: Callable[[_T], int]) -> Iterator[list[_T]]:

@@ -23,7 +23,8 @@ _REPLACEMENT = "\ufffd"  # what decoders print for bytes that are not (yet) vali
 
 class SpanTokens(NamedTuple):
     """A text's ids. spans: for each span of characters the tokens [first, last) that share a character with
-    it; where none does, first = last is the first token behind the span. characters: of a token, the characters [begin, end)."""
+    it; where none does, first = last is the first token behind the span. characters: of a token, the
+    characters [begin, end)."""
 
     ids: list[int]
     spans: list[Span]
