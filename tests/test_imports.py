@@ -22,7 +22,8 @@ FORBIDDEN = {
     "nf4": {"qcompile"},
 }
 # The extras: nothing in the three packages may need them to be imported.
-EXTRAS = {"transformers", "peft", "bitsandbytes", "accelerate", "scipy", "matplotlib", "pyarrow"}
+EXTRAS = {"transformers", "peft", "bitsandbytes", "accelerate", "scipy", "pyarrow"}
+EXTRAS |= {"matplotlib", "yaml", "tomli", "wandb", "tensorboard"}
 
 
 def imported_packages(source: str) -> Iterator[tuple[int, str]]:

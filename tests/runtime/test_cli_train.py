@@ -17,7 +17,8 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 import nf4
-from nf4.cli.train import ByteSize, command
+from nf4.cli.parameters import ByteSize
+from nf4.cli.train import command
 from nf4format.errors import Nf4Error
 from qcompile.options import CompileOptions
 from qcompile.pipeline import compile_checkpoint
@@ -83,6 +84,32 @@ def test_trains_on_rows_and_text_and_the_adapter_loads(packed: Path, tmp_path: P
     assert str(again.exception) == f"{out}: exists already; choose another name or pass --force"
 
 
+def test_the_settings_written_beside_an_adapter_repeat_the_run(packed: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("one two three four five " * 20)
+    first, second, third = (tmp_path / name for name in ("first", "second", "third"))
+    settings = ["--steps", 3, "--seq-len", 32, "--rank", 4, "--target", "v_proj", "--lr", "3e-3", "--no-plot"]
+    result = run(packed, "--data", tmp_path / "text.txt", "--out", first, *settings)
+    assert result.exit_code == 0, result.output
+    for out, more in ((second, ()), (third, ("--lr", "1e-3"))):
+        result = run("--config", first / "training_config.toml", "--out", out, *more)
+        assert result.exit_code == 0, result.output
+    adapters = [(out / "adapter_model.safetensors").read_bytes() for out in (first, second, third)]
+    assert adapters[0] == adapters[1] != adapters[2]
+    assert "lr = 0.001\n" in (third / "training_config.toml").read_text()
+    assert "lr = 0.001\n" in (third / "README.md").read_text()
+
+
+def test_examples_are_shown_and_nothing_else_happens(packed: Path, tmp_path: Path) -> None:
+    rows = [json.dumps({"prompt": f"{n}+1=", "completion": str(n + 1)}) for n in range(20)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    before = sorted(tmp_path.iterdir())
+    result = run(packed, "--data", tmp_path / "rows.jsonl", "--out", tmp_path / "a", "--show-example", 2)
+    assert result.exit_code == 0, result.output
+    assert result.output.count("\n  loss ") == 2
+    assert "tokens in all" in result.output
+    assert sorted(tmp_path.iterdir()) == before
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_sixteen_bit_arithmetic_and_checkpointing(dtype: str, packed: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("one two three four five " * 20)
@@ -132,8 +159,7 @@ def test_help_teaches_and_bad_arguments_are_told(packed: Path, tmp_path: Path) -
     assert "nf4 train model.nf4 --data book.txt --out my-adapter" in help_text
     assert "[default: cosine]" in help_text
     result = run(packed, "--data", tmp_path / "missing.txt", "--out", tmp_path / "a")
-    assert result.exit_code == 2
-    assert "missing.txt' does not exist" in result.output
+    assert str(result.exception) == f"{tmp_path}/missing.txt: no such file or directory; check the path"
     result = run(packed, "--data", packed, "--out", tmp_path / "a", "--page-budget", "lots")
     assert "'lots' is not a size; write for example 64M" in result.output
 

@@ -62,6 +62,7 @@ class RunState:
         log, timing: how far the two logs had come.
         options: those that the result depends on (see nf4.training.resume).
         base, data: fingerprints of the packed file, None for a dense model, and of the examples.
+        start: fingerprint of what trains, before the first step.
         machine: versions and devices, on which bits may depend too.
         passes: what `LayerGraphs.history` gave.
         optimizer_steps: updates that each parameter has had. loss_scale: state of the `LossScale`, or None.
@@ -76,6 +77,7 @@ class RunState:
     options: dict[str, Any]
     base: str | None
     data: str
+    start: str
     machine: dict[str, Any]
     passes: dict[str, Any] = field(default_factory=dict)
     optimizer_steps: list[int] = field(default_factory=list)
@@ -328,6 +330,7 @@ def _parse_state(record: dict[str, Any]) -> tuple[dict[str, Any], RunState]:
         options=_typed(record, "options", dict),
         base=base,
         data=_typed(record, "data", str),
+        start=_typed(record, "start", str),
         machine=_typed(record, "machine", dict),
         passes=_typed(record, "passes", dict),
         optimizer_steps=[_count(value) for value in _typed(record, "optimizer_steps", list)],

@@ -6,7 +6,7 @@ import math
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from ..data.options import DataOptions
 from ..data.plan import BatchOptions
@@ -14,6 +14,7 @@ from ..errors import TrainError
 from ..lora import LoraConfig
 from .schedule import SCHEDULES
 
+SETTINGS_NAME: Final = "training_config.toml"  # the options of a run, beside its adapter
 NEWEST: Final = "newest"  # of --resume: the newest checkpoint of this run
 
 
@@ -43,12 +44,14 @@ class TrainOptions:
             more than min_delta; 0 never stops.
         checkpointing: keep each layer's input only and compute the rest again. offload_checkpoints: the same,
             with the inputs in pinned host memory where training is on a GPU.
-        page_budget: bytes of optimizer state kept in memory, or on the GPU; None keeps all. page_file:
-            where the rest goes on a CPU; None takes a temporary file. On a GPU it goes to host memory.
+        state_bits, page_budget, page_bytes, page_store, page_file: state_bits, budget_bytes, page_bytes,
+            store and backing of `nf4.paging.optim.PagedAdamW`.
         save_every: steps between checkpoints, from which a run can go on (see nf4.training.checkpoint); 0
             makes one only when a signal stops the run. keep: how many stay, the newest; 0 keeps all.
         resume: a checkpoint to go on from, or NEWEST; None begins at step 1.
         log: JSONL file; None takes `out` with .jsonl behind its name.
+        plot: draw the logs as `out` with .png behind its name; None does where matplotlib is installed.
+        tensorboard, wandb: directory of TensorBoard, project of Weights & Biases, for the numbers of the log.
         force: replace what an earlier run left.
     """
 
@@ -85,9 +88,15 @@ class TrainOptions:
     save_every: int = 0
     keep: int = 3
     resume: str | Path | None = None
+    state_bits: int = 32
     page_budget: int | None = None
+    page_bytes: int | None = None
+    page_store: Literal["file", "memory"] | None = None
     page_file: Path | None = None
     log: Path | None = None
+    plot: bool | None = False
+    tensorboard: Path | None = None
+    wandb: str | None = None
     force: bool = False
 
     @property
@@ -120,6 +129,11 @@ class TrainOptions:
         """How examples come together."""
         return BatchOptions(self.batch, self.accumulate, self.seq_len, self.packing, self.group_by_length)
 
+    @property
+    def plot_path(self) -> Path:
+        """The picture of the logs."""
+        return self._beside("png")
+
     def warmup_steps(self, steps: int) -> int:
         """Steps until the peak rate in a run of so many."""
         return self.warmup if self.warmup_ratio is None else math.ceil(self.warmup_ratio * steps)
@@ -148,6 +162,13 @@ def check_options(options: TrainOptions) -> None:
         raise TrainError("", "evaluation asked for without data", remedy=remedy)
     if options.patience and not options.eval_every:
         raise TrainError("", "early stopping needs evaluations", remedy="give --eval-every")
+    for path in (*options.data, *options.eval_data):
+        if not path.exists():
+            raise TrainError(path, "no such file or directory", remedy="check the path")
+    _check_outputs(options)
+
+
+def _check_outputs(options: TrainOptions) -> None:
     for path in (options.out, options.log_path):
         parent = path.absolute().parent
         if not parent.is_dir():

@@ -16,9 +16,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..errors import TrainError
 from ..paging.optim import PagedAdamW
 from .runlog import RunLog
+from .sinks import Sinks
 from .step import not_finite
+from .weight_change import WeightNorms
 
 
 @dataclass
@@ -32,16 +35,20 @@ class TrainSummary:
         evaluations: step -> mean negative log-likelihood, in nats, on the evaluation data.
         stopped_by: name of the signal that ended the run early, or None.
         gave_up: whether early stopping ended it.
+        last_loss: of the last step, or None. weights: norms of the adapter at the end, or None.
     """
 
     out: Path
     log: Path
+    best: Path
     steps: int = 0
     tokens: int = 0
     seconds: float = 0.0
     evaluations: dict[int, float] = field(default_factory=dict)
     stopped_by: str | None = None
     gave_up: bool = False
+    last_loss: float | None = None
+    weights: WeightNorms | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -54,11 +61,14 @@ class StepNumbers:
 
     Attributes:
         step, tokens, rate: number, tokens and learning rate of the step.
+        places: says where its examples are from.
         loss_scale: its loss scale, or None.
     """
 
-    def __init__(self, step: int, tokens: int, rate: float, optimizer: PagedAdamW) -> None:
-        self.step, self.tokens, self.rate = step, tokens, rate
+    def __init__(
+        self, step: int, tokens: int, rate: float, optimizer: PagedAdamW, places: Callable[[], str]
+    ) -> None:
+        self.step, self.tokens, self.rate, self.places = step, tokens, rate, places
         self.loss_scale = None if optimizer.loss_scale is None else optimizer.loss_scale.value
         self._is_cuda = optimizer.device.type == "cuda"
         if self._is_cuda:
@@ -90,20 +100,20 @@ class StepReports:
     """Takes the numbers of each step, and writes them to summary, log and bar when `catch_up` is called.
 
     Args:
-        logs: of what is computed, and of how long it takes.
+        logs: of what is computed, of how long it takes, and where numbers go besides.
         say: told at the start, and whenever that changes, how much optimizer state is paged.
     """
 
     def __init__(
         self,
         summary: TrainSummary,
-        logs: tuple[RunLog, RunLog],
+        logs: tuple[RunLog, RunLog, Sinks],
         bar: tqdm,
         optimizer: PagedAdamW,
         say: Callable[[str], None],
     ) -> None:
         self._summary, self._bar, self._optimizer = summary, bar, optimizer
-        self._log, self._timing = logs
+        self._log, self._timing, self._sinks = logs
         self._say = say
         self._unread: list[StepNumbers] = []
         self._state_bytes = optimizer.pager.num_pages * optimizer.pager.page_bytes
@@ -130,11 +140,9 @@ class StepReports:
 
     def _report(self, numbers: StepNumbers) -> None:
         loss, norm, elapsed = numbers.read()
-        if not math.isfinite(loss):
-            raise not_finite("loss", numbers.step, loss)
-        if not math.isfinite(norm) and numbers.loss_scale is None:
-            raise not_finite("gradient norm", numbers.step, norm)
+        self._check(numbers, loss, norm)
         summary = self._summary
+        summary.last_loss = loss
         summary.steps, summary.tokens = numbers.step, summary.tokens + numbers.tokens
         summary.seconds += elapsed
         memory = memory_bytes()
@@ -161,10 +169,26 @@ class StepReports:
             self._tell_paging()
         self._log.write(**record)
         self._timing.write(**timing)
+        self._sinks.write(numbers.step, record | timing)
         self._bar.update()
         self._bar.set_postfix_str(
             f"loss {loss:.3f}, {summary.tokens_per_second:,.0f} tokens/s, {memory / 2**20:,.0f} MiB"
         )
+
+    @staticmethod
+    def _check(numbers: StepNumbers, loss: float, norm: float) -> None:
+        if not math.isfinite(loss):
+            raise not_finite("loss", numbers.step, loss, numbers.places())
+        if not math.isfinite(norm) and numbers.loss_scale is None:
+            raise not_finite("gradient norm", numbers.step, norm, numbers.places())
+        for what, value in (("loss", loss), ("gradient", norm)):
+            if value == 0:
+                raise TrainError(
+                    "",
+                    f"step {numbers.step}: the {what} is exactly 0: nothing is learned",
+                    got=numbers.places(),
+                    remedy="look at tokens and labels with --show-example",
+                )
 
     def _tell_paging(self) -> None:
         capacity = self._optimizer.pager.capacity_bytes

@@ -24,7 +24,8 @@ from .options import NEWEST, TrainOptions
 # compared by their fingerprint.
 _WITHOUT_INFLUENCE = {
     "data", "data_options.cache", "data_options.workers", "eval_data", "out", "log", "force", "resume",
-    "save_every", "keep", "page_budget", "page_file",
+    "save_every", "keep", "page_budget", "page_bytes", "page_store", "page_file", "plot", "tensorboard",
+    "wandb",
 }  # fmt: skip
 # Early stopping may change as long as the run would have come this far.
 _EARLY_STOPPING = {"patience", "min_delta"}
@@ -94,6 +95,9 @@ def check_same_run(state: RunState, now: RunState, options: TrainOptions, file: 
                 got=json.dumps(ours.get(name)),
                 remedy="resume with the options of that run, or start another one",
             )
+    if state.start != now.start:
+        remedy = "resume on the machine that the run began on"
+        raise TrainError(file, "initial values of the adapter differ", remedy=remedy)
     if state.data != now.data:
         remedy = "resume with the data that the run began with"
         raise TrainError(file, "made with other data", expected=state.data, got=now.data, remedy=remedy)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -14,8 +14,10 @@ from tqdm import tqdm
 from nf4format.adapter import CONFIG_NAME
 
 from ..adapters import save_adapter
+from ..data.batches import Batch
 from ..data.dataset import Dataset
 from ..data.plan import Batches
+from ..data.preview import expected_time
 from ..errors import TrainError
 from ..model.decoder import CausalLM
 from ..paging.optim import PagedAdamW
@@ -35,7 +37,12 @@ from .resume import check_same_run
 from .runlog import RunLog
 from .schedule import rate_factor
 from .signals import StopRequest
+from .sinks import Sinks
 from .step import not_finite, relieved, train_step
+from .weight_change import WeightChange, parameters_fingerprint
+
+SHOWN_PLACES = 4
+STEPS_TO_KNOW_SPEED = 5
 
 
 @dataclass
@@ -46,7 +53,7 @@ class Run:
         plan: the micro-batches of each step.
         evaluation: examples to evaluate on, or None.
         state: what of the run is known before its first step; steps and counters are in `summary`.
-        log, timing: what it computes, and how long that takes.
+        log, timing: what it computes, and how long that takes. sinks: where numbers go besides.
         stop: asked after each step.
         say: takes lines about evaluations and checkpoints.
     """
@@ -60,12 +67,16 @@ class Run:
     summary: TrainSummary
     log: RunLog
     timing: RunLog
+    sinks: Sinks
     stop: StopRequest
     bar: tqdm
     say: Callable[[str], None]
 
     def __post_init__(self) -> None:
-        self._reports = StepReports(self.summary, (self.log, self.timing), self.bar, self.optimizer, self.say)
+        logs = (self.log, self.timing, self.sinks)
+        self._reports = StepReports(self.summary, logs, self.bar, self.optimizer, self.say)
+        self._weights = WeightChange(self.model)
+        self._beginning = (0, 0, 0.0)  # steps, tokens and seconds when this process took over
         self._saved_step: int | None = None  # of the newest checkpoint of this run
         self._leaves_checkpoint = self.options.save_every > 0
 
@@ -92,6 +103,7 @@ class Run:
         except (KeyError, TypeError, ValueError) as error:
             raise TrainError(checkpoint.path, f"not the state of a run: {error}") from None
         summary.steps, summary.tokens, summary.seconds = state.step, state.tokens, state.seconds
+        self._beginning = (state.step, state.tokens, state.seconds)
         summary.evaluations.update(state.evaluations)
         self._saved_step, self._leaves_checkpoint = state.step, True
         self.bar.update(state.step)
@@ -122,6 +134,7 @@ class Run:
             hangs = is_saved or self._is_due(done) or self.stop.signal is not None
             if hangs or self.model.device.type == "cpu":
                 self._reports.catch_up()
+                self._tell_time()
                 self._evaluate_if_due()
                 if is_saved and self.stop.signal is None:
                     self._save_checkpoint()
@@ -131,6 +144,10 @@ class Run:
             self._leaves_checkpoint = True
         if self._leaves_checkpoint:
             self._save_checkpoint()
+        if summary.steps and parameters_fingerprint(self.model) == self.state.start:
+            problem = f"nothing was learned: {summary.steps} steps have changed no parameter"
+            raise TrainError(options.out, problem, remedy="raise --lr, or use --adapter-dtype float32")
+        summary.weights = self._weights.measure()
         save_adapter(self.model, options.out)
 
     def _is_over(self) -> bool:
@@ -155,7 +172,8 @@ class Run:
             floor=options.min_lr_ratio,
         )
         micro_batches = plan.step(step - 1)
-        numbers = StepNumbers(step, sum(batch.num_tokens for batch in micro_batches), rate, self.optimizer)
+        tokens = sum(batch.num_tokens for batch in micro_batches)
+        numbers = StepNumbers(step, tokens, rate, self.optimizer, lambda: self._places(micro_batches))
         loss, norm = train_step(
             self.model,
             self.optimizer,
@@ -164,9 +182,25 @@ class Run:
             clip=options.clip,
             step=step,
             before_update=self._reports.catch_up,
+            places=self._places,
         )
         numbers.send(loss, norm)
         self._reports.add(numbers)
+
+    def _places(self, batches: Sequence[Batch]) -> str:
+        """Where the examples of some batches are from, the first few of them."""
+        places = [place for batch in batches for place in self.plan.places(batch)]
+        more = len(places) - SHOWN_PLACES
+        return "; ".join(places[:SHOWN_PLACES]) + (f"; and {more} more" if more > 0 else "")
+
+    def _tell_time(self) -> None:
+        """After the first steps: how long the others will take."""
+        summary, (steps, tokens, seconds) = self.summary, self._beginning
+        done, left = summary.steps - steps, self.plan.steps - summary.steps
+        if done == STEPS_TO_KNOW_SPEED and left > 0 and summary.seconds > seconds:
+            speed = (summary.tokens - tokens) / (summary.seconds - seconds)
+            expected = expected_time(round((summary.tokens - tokens) / done * left), speed)
+            self.say(f"expected time  {expected} for {left:,} more steps")
 
     def _is_due(self, step: int) -> bool:
         """Whether there is an evaluation after this step."""
@@ -195,6 +229,7 @@ class Run:
             raise not_finite("evaluation loss", step, loss)
         summary.evaluations[step] = loss
         self.log.write(step=step, eval_loss=loss, eval_perplexity=perplexity_of(loss))
+        self.sinks.write(step, {"eval_loss": loss, "eval_perplexity": perplexity_of(loss)})
         self.timing.write(step=step, eval_seconds=round(time.perf_counter() - began, 6))
         self.say(f"step {step}: evaluation loss {loss:.4f}, perplexity {perplexity_of(loss):.2f}")
         if self.options.eval_every and best_step(summary.evaluations) == step:

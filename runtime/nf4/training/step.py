@@ -25,6 +25,7 @@ from .loss import backward_loss, labelled_positions
 
 T = TypeVar("T")
 
+Places = Callable[[Sequence[Batch]], str]
 RATE_FACTOR = "rate_factor"  # of a parameter group: its learning rate is that of the step times this
 
 
@@ -37,6 +38,7 @@ def train_step(
     clip: float,
     step: int,
     before_update: Callable[[], None] = lambda: None,
+    places: Places = lambda batches: "",
 ) -> tuple[Tensor, Tensor]:
     """One optimizer step over its micro-batches: (mean loss a labelled token, gradient norm before clipping).
 
@@ -54,6 +56,7 @@ def train_step(
         step: for messages.
         before_update: called when gradients are on their way, before parameters change: the time to look at
             the step before, as the GPU is busy with this one.
+        places: says for messages where the examples of batches are from.
 
     Raises:
         TrainError: loss or gradient is not finite, parameters as before the step; not enough memory.
@@ -68,7 +71,7 @@ def train_step(
         random.restore()
 
     loss = relieved(
-        optimizer, lambda: _forward_backward(model, optimizer, batches, step), f"step {step}", undo
+        optimizer, lambda: _forward_backward(model, optimizer, batches, step, places), f"step {step}", undo
     )
     scale = optimizer.loss_scale
     unscale = 1.0 if scale is None else 1 / scale.value
@@ -81,13 +84,13 @@ def train_step(
     else:
         loss_value, norm_value = torch.stack((loss, norm.double())).tolist()
         if not math.isfinite(loss_value):
-            raise not_finite("loss", step, loss_value)
+            raise not_finite("loss", step, loss_value, places(batches))
         if math.isfinite(norm_value):
             _update(optimizer, rate, factor)
             if scale is not None:
                 scale.succeeded()
         elif scale is None:
-            raise not_finite("gradient norm", step, norm_value)
+            raise not_finite("gradient norm", step, norm_value, places(batches))
         else:
             scale.overflowed()
     optimizer.zero_grad(set_to_none=False)  # the buffers are needed again at once
@@ -126,17 +129,19 @@ def relieved(
     )
 
 
-def not_finite(what: str, step: int, value: float) -> TrainError:
+def not_finite(what: str, step: int, value: float, places: str = "") -> TrainError:
     """The error of a run whose numbers went wrong."""
     return TrainError(
         "",
         f"step {step}: the {what} is not finite",
-        got=value,
+        got=f"{value} from {places}" if places else value,
         remedy="lower --lr, or use --dtype float32",
     )
 
 
-def _forward_backward(model: CausalLM, optimizer: PagedAdamW, batches: Sequence[Batch], step: int) -> Tensor:
+def _forward_backward(
+    model: CausalLM, optimizer: PagedAdamW, batches: Sequence[Batch], step: int, places: Places
+) -> Tensor:
     labels = sum(batch.num_labels for batch in batches)
     scale = 1.0 if optimizer.loss_scale is None else optimizer.loss_scale.value
     total = torch.zeros((), dtype=torch.float64, device=model.device)
@@ -149,7 +154,8 @@ def _forward_backward(model: CausalLM, optimizer: PagedAdamW, batches: Sequence[
         )
         loss = backward_loss(model.head, states, targets, model.config.vocab_size, scale=scale / labels)
         if not loss.is_cuda and not loss.isfinite():
-            raise not_finite(f"loss, micro-batch {number} of {len(batches)},", step, loss.item())
+            what = f"loss, micro-batch {number} of {len(batches)},"
+            raise not_finite(what, step, loss.item(), places([batch]))
         total += loss
     return total / labels
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from tqdm import tqdm
+
+from nf4format.adapter import CONFIG_NAME
+from nf4format.atomic import write_bytes
 
 from ..data.dataset import Dataset, Source
 from ..data.encode import TextEncoder
@@ -18,16 +22,20 @@ from ..errors import TrainError
 from ..lora import add_lora
 from ..model.decoder import CausalLM
 from ..paging.optim import PagedAdamW
+from .card import CARD_NAME, model_card
 from .checkpoint import RunState
 from .determinism import deterministic
 from .loss_scale import LossScale
-from .options import TrainOptions, check_options
+from .options import SETTINGS_NAME, TrainOptions, check_options
+from .plot import plot_run
 from .progress import TrainSummary
 from .resume import data_fingerprint, find_checkpoint, lasting_options, machine_facts
 from .run import Run
 from .runlog import RunLog
 from .signals import StopRequest
+from .sinks import Sinks, check_extras
 from .step import RATE_FACTOR
+from .weight_change import parameters_fingerprint
 
 
 def train(
@@ -37,6 +45,7 @@ def train(
     *,
     progress: bool = False,
     say: Callable[[str], None] = lambda text: None,
+    settings: str | None = None,
 ) -> TrainSummary:
     """Add LoRA layers to the model, train them, and save the adapter.
 
@@ -46,6 +55,7 @@ def train(
         options: the run.
         progress: show a bar on stderr.
         say: takes lines about data, evaluations and saves.
+        settings: the options as a configuration file, which goes beside the adapter and into its card.
 
     Raises:
         TrainError: options or data that cannot be used, an output that exists, a checkpoint of another run,
@@ -54,9 +64,10 @@ def train(
         WriteError: the adapter or a checkpoint cannot be written.
     """
     check_options(options)
+    check_extras(options)
     checkpoint = find_checkpoint(options, say)
     sources, evaluation = load_data(tokenizer, options, progress=progress)
-    plan = Batches(sources, options.batch_options, options.seed, steps=options.steps, epochs=options.epochs)
+    plan = plan_of(sources, options)
     _check_fit(model, options, plan.dataset, evaluation)
     for line in run_table(plan, evaluation).splitlines():
         say(line)
@@ -67,7 +78,9 @@ def train(
     optimizer = make_optimizer(model, options)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f"training {trained:,} parameters for {plan.steps} steps")
-    summary = TrainSummary(options.out, options.log_path)
+    summary = TrainSummary(options.out, options.log_path, options.best_path)
+    lasting = lasting_options(options, model)
+    sinks = Sinks(options, 0 if checkpoint is None else checkpoint.state.step + 1, lasting, say)
     try:
         with (
             deterministic(model.device),
@@ -83,13 +96,26 @@ def train(
                 evaluations={},
                 log=log.position(),
                 timing=timing.position(),
-                options=lasting_options(options, model),
+                options=lasting,
                 base=None if model.source is None else model.source.fingerprint,
                 data=data_fingerprint(sources, evaluation),
+                start=parameters_fingerprint(model),
                 machine=machine_facts(model.device),
             )
             run = Run(
-                model, optimizer, options, plan, evaluation, state, summary, log, timing, stop, bar, say
+                model=model,
+                optimizer=optimizer,
+                options=options,
+                plan=plan,
+                evaluation=evaluation,
+                state=state,
+                summary=summary,
+                log=log,
+                timing=timing,
+                sinks=sinks,
+                stop=stop,
+                bar=bar,
+                say=say,
             )
             if checkpoint is None:
                 run.begin()
@@ -97,9 +123,28 @@ def train(
                 run.go_on_from(checkpoint)
             run.go()
     finally:
+        sinks.close()
         optimizer.close()
         _set_up(model.eval(), None)
+    card = model_card(model, options, plan, summary, settings)
+    for folder in (options.out, options.best_path):
+        if (folder / CONFIG_NAME).exists():
+            write_bytes(folder / CARD_NAME, card.encode("utf-8", "backslashreplace"))
+            if settings is not None:
+                write_bytes(folder / SETTINGS_NAME, settings.encode("utf-8", "surrogateescape"))
+    if summary.steps and (find_spec("matplotlib") if options.plot is None else options.plot):
+        plot_run(options.log_path, options.timing_path, options.plot_path)
+        say(f"plot {options.plot_path}")
     return summary
+
+
+def plan_of(sources: Sequence[Source], options: TrainOptions) -> Batches:
+    """The micro-batches of every step of a run.
+
+    Raises:
+        TrainError: see nf4.data.plan.
+    """
+    return Batches(sources, options.batch_options, options.seed, steps=options.steps, epochs=options.epochs)
 
 
 def make_optimizer(model: CausalLM, options: TrainOptions) -> PagedAdamW:
@@ -125,7 +170,10 @@ def make_optimizer(model: CausalLM, options: TrainOptions) -> PagedAdamW:
         betas=options.betas,
         eps=options.eps,
         weight_decay=options.weight_decay,
+        state_bits=options.state_bits,
+        page_bytes=options.page_bytes,
         budget_bytes=options.page_budget,
+        store=options.page_store,
         backing=options.page_file,
         loss_scale=LossScale() if model.dtype == torch.float16 else None,
     )
