@@ -70,6 +70,13 @@ def test_what_was_put_in_comes_out(wide: bool, tmp_path: Path, monkeypatch: pyte
         found[300]
 
 
+def test_ids_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    example = Example(np.array([1, 1 << 16], np.int32), np.array([False, True]))
+    with pytest.raises(ValueError, match="id 65536 does not fit"):
+        make(tmp_path / "a", [*random_examples(1, 5, 10), example])
+    assert not list(tmp_path.iterdir())
+
+
 def test_any_damage_is_seen(tmp_path: Path) -> None:
     path = tmp_path / "a"
     make(path, random_examples(20, 50, 1000))

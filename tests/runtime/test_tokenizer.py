@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -120,3 +122,55 @@ def test_pieces_are_the_text_of_each_token_and_special_ones_show(tokenizer_json,
 def test_pieces_of_a_character_show_as_the_vocabulary_has_them(byte_fallback_json):
     tokenizer = Tokenizer(byte_fallback_json)
     assert tokenizer.pieces(tokenizer.encode("日", special=False)) == ["▁", "<0xE6>", "<0x97>", "日"]
+
+
+def test_chat_templates_come_with_the_model(
+    tokenizer_json: bytes,
+) -> None:
+    named = [{"name": "default", "template": "a"}, {"name": "tools", "template": "b"}, {"name": "broken"}, 3]
+    for configured, apart, expected in (
+        (None, None, {}),
+        ("a", None, {"default": "a"}),
+        (named, None, {"default": "a", "tools": "b"}),
+        (named, "c", {"default": "c", "tools": "b"}),
+        ({"a": 1}, None, {}),
+    ):
+        found = Tokenizer(tokenizer_json, tokenizer_config={"chat_template": configured}, chat_template=apart)
+        assert found.chat_templates == expected
+
+
+def test_special_tokens_have_texts_and_end_ids(tokenizer_json: bytes) -> None:
+    config = {"bos_token": {"content": "<s>"}, "eos_token": "</s>", "pad_token": None, "other": "x"}
+    found = Tokenizer(tokenizer_json, tokenizer_config=config)
+    assert found.special_tokens == {"bos_token": "<s>", "eos_token": "</s>"}
+    assert found.end_ids == {0, 1, 2}
+    assert found.max_id == found.vocab_size - 1
+    bare = Tokenizer(tokenizer_json, config={"eos_token_id": [2], "bos_token_id": 1})
+    assert bare.special_tokens == {"bos_token": "<s>", "eos_token": "</s>"}
+    assert bare.fingerprint == found.fingerprint
+    assert Tokenizer(tokenizer_json).fingerprint != found.fingerprint
+
+
+def test_many_texts_are_encoded_as_one_by_one(tokenizer_json: bytes) -> None:
+    found = Tokenizer(tokenizer_json)
+    texts = ["the cat sat", "", "on the mat; the dog", "\u65e5\u672c"]
+    for special in (True, False):
+        assert found.encode_batch(texts, special) == [found.encode(text, special) for text in texts]
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "chat_template.json"])
+def test_chat_templates_travel_in_packed_files(
+    name: str, make_checkpoint: Callable[..., Path], tokenizer_json: bytes, tmp_path: Path
+) -> None:
+    from qcompile.options import CompileOptions
+    from qcompile.pipeline import compile_checkpoint
+
+    folder = make_checkpoint("llama")
+    (folder / "tokenizer.json").write_bytes(tokenizer_json)
+    content = (
+        "{{ bos_token }}" if name.endswith("jinja") else json.dumps({"chat_template": "{{ bos_token }}"})
+    )
+    (folder / name).write_text(content)
+    compile_checkpoint(folder, tmp_path / "a.nf4", CompileOptions())
+    with Nf4File.open(tmp_path / "a.nf4") as file:
+        assert Tokenizer.from_file(file).chat_templates == {"default": "{{ bos_token }}"}

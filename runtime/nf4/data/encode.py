@@ -38,9 +38,9 @@ class TextEncoder(Protocol):
     ) -> list[SpanTokens]: ...
 
     @property
-    def vocab_size(self) -> int:
-        """Number of ids, or more."""
-        return 1 << 31
+    def max_id(self) -> int:
+        """The largest id, or more."""
+        return (1 << 31) - 1
 
     @property
     def end_ids(self) -> Collection[int]:

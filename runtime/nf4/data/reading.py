@@ -150,7 +150,7 @@ class _Encoding(NamedTuple):
 
 def _make_store(place: Path, key: str, file: DataFile, how: _Encoding) -> TokenStore:
     with AtomicFile(place) as output:
-        writer = StoreWriter(output, wide=how.tokenizer.vocab_size > 1 << 16)
+        writer = StoreWriter(output, wide=how.tokenizer.max_id >= 1 << 16)
         tokenize = _tokenize_text if file.kind == "text" else _tokenize_rows
         counts = tokenize(file, how, writer)
         file.check_unchanged()

@@ -62,14 +62,17 @@ class StoreWriter:
         return len(self._lengths)
 
     def add(self, example: Example) -> None:
-        """Append an example."""
+        """Append an example. ValueError where an id needs a wide store."""
         ids, labelled = example
+        largest = int(ids.max())
+        if largest > np.iinfo(self._dtype).max:
+            raise ValueError(f"id {largest} does not fit")
         record = ids.astype(self._dtype).tobytes() + np.packbits(labelled).tobytes()
         self._buffer += record + bytes(-len(record) % 4)
         self._offsets.append(self._flushed + len(self._buffer))
         self._lengths.append(len(ids))
         self._counts.append(int(np.count_nonzero(labelled)))
-        self._max_id = max(self._max_id, int(ids.max()))
+        self._max_id = max(self._max_id, largest)
         while len(self._buffer) >= _CHUNK:
             self._flush(_CHUNK)
 

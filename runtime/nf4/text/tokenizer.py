@@ -108,6 +108,11 @@ class Tokenizer:
         """Number of ids, added tokens included."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
+    @property
+    def max_id(self) -> int:
+        """The largest id; vocabularies may have gaps."""
+        return max(self._backend.get_vocab(with_added_tokens=True).values(), default=0)
+
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids of a text; `special` adds the tokens that the tokenizer puts around one, such as BOS."""
         return self._backend.encode(text, add_special_tokens=special).ids
