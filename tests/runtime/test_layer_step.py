@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,15 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 TARGETS = ["all-linear", ("q_proj", "v_proj", "down_proj"), ("layers.1.mlp.up_proj",)]
 LENGTHS = [5, 1, 7, 20]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Models this small lose more to waiting threads than they gain, above all on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=CASES)

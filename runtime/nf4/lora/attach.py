@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import TrainError
 from .config import LoraConfig
@@ -121,19 +121,6 @@ def saved_modules(model: nn.Module) -> Iterator[tuple[str, SavedModule]]:
     for name, module in model.named_modules():
         if isinstance(module, SavedModule):
             yield name, module
-
-
-def fixed_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Fixed pairs by the names of their buffers. With all that trains they decide what an adapter computes.
-
-    The same seed finds the same values again on one machine with as many threads; who saves the state of a
-    run keeps them, so that it can go on elsewhere.
-    """
-    for name, module in lora_layers(model):
-        for part in ("fixed_A", "fixed_B"):
-            value = getattr(module, part)
-            if value is not None:
-                yield f"{name}.{part}", value
 
 
 def has_adapter(model: nn.Module) -> bool:
