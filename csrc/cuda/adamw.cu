@@ -9,59 +9,24 @@
 // page may lie elsewhere at every step.
 //
 // A thread takes 4 consecutive elements of each array: one 16-byte access where elements have 4 bytes, one of
-// 8 where they have 2. Bytes moved an element, all fp32: 16 read, 12 written. The order of operations is that
-// of torch.optim.AdamW: decay, moments, bias corrections in the step size and under the root. All arithmetic
-// in fp32; a bf16 parameter is rounded to nearest once.
+// 8 where they have 2. Bytes moved an element, all fp32: 16 read, 12 written. The arithmetic is in adamw.cuh;
+// a bf16 parameter is rounded to nearest once.
 //
 // The gradient is multiplied by *gradient_factor first, read on the device: neither the clipping factor nor
 // the decision to leave a step out, a factor that is not finite, costs a host synchronization.
-#include <cmath>
-
-#include "nf4.cuh"
+#include "adamw.cuh"
 
 namespace nf4 {
 namespace {
 
-constexpr int kThreads = 256;
+using namespace adamw;
+
 constexpr int kStride = 4 * kThreads;
-
-struct Step {
-  float decay;  // 1 - lr * weight_decay
-  float beta1, beta2;
-  float one_minus_beta1, one_minus_beta2;  // from the host's doubles: 1 - 0.999f is off by 1e-5 of itself
-  float step_size;                         // lr / (1 - beta1^t)
-  float inverse_root;                      // 1 / sqrt(1 - beta2^t)
-  float eps;
-};
-
-struct Sweep {
-  const Nf4AdamwChunk* chunks;
-  const float* gradient_factor;
-  int64_t page_elements;
-  int first_page, first_setting;
-  Step steps[NF4_MOST_SETTINGS];
-  float* pages[NF4_MOST_PAGES];
-};
 
 template <typename T>
 struct alignas(4 * sizeof(T)) Four {
   T value[4];
 };
-
-__device__ inline bool is_aligned(const void* pointer, size_t bytes) {
-  return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
-}
-
-// Every contraction is written out: a page border decides which of the two ways below an element goes, and
-// both must give the same bits.
-__device__ inline float updated(float parameter, float gradient, float& exp_avg, float& exp_avg_sq,
-                                const Step& s) {
-  parameter = __fmul_rn(parameter, s.decay);
-  exp_avg = fmaf(s.one_minus_beta1, __fsub_rn(gradient, exp_avg), exp_avg);
-  exp_avg_sq = fmaf(s.one_minus_beta2, __fmul_rn(gradient, gradient), __fmul_rn(exp_avg_sq, s.beta2));
-  const float denominator = __fadd_rn(__fmul_rn(__fsqrt_rn(exp_avg_sq), s.inverse_root), s.eps);
-  return fmaf(-s.step_size, __fdiv_rn(exp_avg, denominator), parameter);
-}
 
 template <typename P, typename G>
 __device__ inline void update(P* parameter, const G* gradient, float* exp_avg, float* exp_avg_sq, int count,
@@ -100,20 +65,11 @@ __global__ void __launch_bounds__(kThreads) adamw_kernel(const __grid_constant__
   const float factor = sweep.gradient_factor ? *sweep.gradient_factor : 1.0f;
   if (!isfinite(factor)) return;
   const Step step = sweep.steps[setting];
-  float* exp_avg = sweep.pages[chunk.page - sweep.first_page] + chunk.at;
+  float* exp_avg = static_cast<float*>(sweep.pages[chunk.page - sweep.first_page]) + chunk.at;
   float* exp_avg_sq = exp_avg + sweep.page_elements;
-  const auto go = [&](auto* parameter, const auto* gradient) {
+  with_types(chunk, [&](auto* parameter, const auto* gradient) {
     update(parameter, gradient, exp_avg, exp_avg_sq, chunk.count, factor, step);
-  };
-  auto* const narrow_p = static_cast<__nv_bfloat16*>(chunk.parameter);
-  auto* const narrow_g = static_cast<const __nv_bfloat16*>(chunk.gradient);
-  auto* const p = static_cast<float*>(chunk.parameter);
-  auto* const g = static_cast<const float*>(chunk.gradient);
-  if (chunk.parameter_dtype == NF4_FLOAT32) {
-    chunk.gradient_dtype == NF4_FLOAT32 ? go(p, g) : go(p, narrow_g);
-  } else {
-    chunk.gradient_dtype == NF4_FLOAT32 ? go(narrow_p, g) : go(narrow_p, narrow_g);
-  }
+  });
 }
 
 // The sum over the block, in every thread of the first warp; the same order at every run.
@@ -169,43 +125,14 @@ __global__ void __launch_bounds__(kNormThreads)
   if (threadIdx.x == 0) *norm = static_cast<float>(sqrt(total));
 }
 
-Step step_of(const Nf4AdamwSetting& s) {
-  const double t = static_cast<double>(s.step);
-  return {static_cast<float>(1.0 - s.lr * s.weight_decay),
-          static_cast<float>(s.beta1),
-          static_cast<float>(s.beta2),
-          static_cast<float>(1.0 - s.beta1),
-          static_cast<float>(1.0 - s.beta2),
-          static_cast<float>(s.lr / (1.0 - pow(s.beta1, t))),
-          static_cast<float>(1.0 / sqrt(1.0 - pow(s.beta2, t))),
-          static_cast<float>(s.eps)};
-}
-
 }  // namespace
 }  // namespace nf4
 
 extern "C" int nf4_adamw(const Nf4AdamwChunk* chunks, int64_t num_chunks, int first_page, int num_pages,
                          void* const* pages, int64_t page_elements, const Nf4AdamwSetting* settings,
                          int num_settings, const float* gradient_factor, cudaStream_t stream) {
-  if (num_chunks < 0 || num_chunks > INT32_MAX) return cudaErrorInvalidValue;
-  if (num_pages < 0 || num_pages > NF4_MOST_PAGES) return cudaErrorInvalidValue;
-  if (num_chunks == 0) return cudaSuccess;
-  nf4::Sweep sweep = {};
-  sweep.chunks = chunks;
-  sweep.gradient_factor = gradient_factor;
-  sweep.page_elements = page_elements;
-  sweep.first_page = first_page;
-  for (int i = 0; i < num_pages; ++i) sweep.pages[i] = static_cast<float*>(pages[i]);
-  for (int first = 0; first < num_settings; first += NF4_MOST_SETTINGS) {
-    sweep.first_setting = first;
-    for (int i = 0; i < NF4_MOST_SETTINGS && first + i < num_settings; ++i) {
-      sweep.steps[i] = nf4::step_of(settings[first + i]);
-    }
-    const int code = nf4::launch(nf4::adamw_kernel, dim3(static_cast<unsigned>(num_chunks)), nf4::kThreads, 0,
-                                 stream, false, sweep);
-    if (code != cudaSuccess) return code;
-  }
-  return cudaSuccess;
+  return nf4::adamw::launch_sweep(nf4::adamw_kernel, chunks, num_chunks, first_page, num_pages, pages,
+                                  page_elements, settings, num_settings, gradient_factor, stream);
 }
 
 extern "C" int nf4_gradient_norm(const Nf4GradientChunk* chunks, int64_t num_chunks, float* sums_of_squares,

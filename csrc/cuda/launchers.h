@@ -99,6 +99,14 @@ int nf4_adamw(const Nf4AdamwChunk* chunks, int64_t num_chunks, int first_page, i
               void* const* pages, int64_t page_elements, const Nf4AdamwSetting* settings, int num_settings,
               const float* gradient_factor, cudaStream_t stream);
 
+// The same over 8-bit states: chunks begin a block of 256, in their pages and in their parameters;
+// page_elements is a multiple of 256, and a page is aligned to 8 bytes. tables, float32 [4, 256] on the
+// device: the levels of the first and the second moments' map, and the borders of each as a search tree (see
+// adamw_8bit.cu).
+int nf4_adamw_8bit(const Nf4AdamwChunk* chunks, int64_t num_chunks, int first_page, int num_pages,
+                   void* const* pages, int64_t page_elements, const Nf4AdamwSetting* settings,
+                   int num_settings, const float* gradient_factor, const float* tables, cudaStream_t stream);
+
 // The Euclidean norm of all chunks together to *norm; sums_of_squares is room for num_chunks numbers.
 int nf4_gradient_norm(const Nf4GradientChunk* chunks, int64_t num_chunks, float* sums_of_squares, float* norm,
                       cudaStream_t stream);

@@ -285,6 +285,23 @@ def adamw(
         finite, nothing is changed.
     """
 
+def adamw_8bit(
+    chunks: int,
+    num_chunks: int,
+    first_page: int,
+    pages: Sequence[int],
+    page_elements: int,
+    settings: Sequence[Sequence[float]],
+    gradient_factor: int,
+    tables: int,
+    stream: int,
+) -> None:
+    """The same over 8-bit moments in blocks of 256; chunks begin a block, pages are aligned to 8 bytes.
+
+    page_elements: a multiple of 256.
+    tables: float32 [4, 256] on the device: levels for the first moments, for the second; search trees alike.
+    """
+
 def gradient_norm(chunks: int, num_chunks: int, sums_of_squares: int, norm: int, stream: int) -> None:
     """The Euclidean norm of num_chunks of struct Nf4GradientChunk on the device, to the float32 at `norm`.
 

@@ -24,9 +24,9 @@ SHAPES = [(1,), (7, 3), (33,), (129, 65), (2, 2, 2), (100, 401), (16, 4096)]
 SETTINGS: dict[str, Any] = {"lr": 3e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
 
 
-def at(address: int, count: int) -> np.ndarray:
-    """float32 [count] in this process's memory."""
-    return np.ctypeslib.as_array((ctypes.c_float * count).from_address(address))
+def at(address: int, count: int, kind: Any = ctypes.c_float) -> np.ndarray:
+    """[count] in this process's memory, float32 unless said otherwise."""
+    return np.ctypeslib.as_array((kind * count).from_address(address))
 
 
 class Interpreter:
@@ -56,6 +56,42 @@ class Interpreter:
             root = np.sqrt(v) / np.float32((1 - s.beta2**s.step) ** 0.5) + np.float32(s.eps)
             p *= np.float32(1 - s.lr * s.weight_decay)
             p -= np.float32(s.lr / (1 - s.beta1**s.step)) * (m / root)
+
+    def adamw_8bit(  # noqa: PLR0917 -- as the native function
+        self, chunks: int, num_chunks: int, first_page: int, pages: list[int], page_elements: int,
+        settings: list[Setting], gradient_factor: int, tables: int, stream: int,
+    ) -> None:  # fmt: skip
+        """Each chunk with its moments in fp32, by the arithmetic above, and codes by the search trees."""
+        levels, trees = at(tables, 1024).reshape(2, 2, 256)
+        table = at(chunks, 32 * num_chunks, ctypes.c_uint8)
+        for row in table.view(fused_adamw._CHUNK):
+            count, begin = int(row["count"]), int(row["at"])
+            assert begin % 256 == page_elements % 256 == 0
+            blocks = -(-count // 256)
+            page = pages[row["page"] - first_page]
+            room = np.zeros((2, count), dtype=np.float32)
+            moments = []
+            for k in range(2):
+                element = k * page_elements + begin
+                codes = at(page + element, count, ctypes.c_uint8)
+                absmax = at(page + 2 * page_elements + element // 256 * 4, blocks)
+                room[k] = levels[k][codes] * np.repeat(absmax, 256)[:count]
+                moments.append((codes, absmax))
+            whole = np.array([row])
+            whole["at"] = whole["page"] = 0
+            self.launches -= 1
+            self.adamw(
+                whole.ctypes.data, 1, 0, [room.ctypes.data], room.shape[1], settings, gradient_factor, stream,
+            )  # fmt: skip
+            for values, tree, (codes, absmax) in zip(room, trees, moments, strict=True):
+                padded = np.pad(values, (0, blocks * 256 - len(values))).reshape(-1, 256)
+                absmax[:] = np.abs(padded).max(1)
+                scaled = padded / np.where(absmax > 0, absmax, 1)[:, None]
+                node = np.ones(padded.shape, dtype=np.int64)
+                for _ in range(8):
+                    node = 2 * node + (scaled > tree[node])
+                codes[:] = (node - 256).reshape(-1)[: len(codes)]
+        self.launches += 1
 
     def gradient_norm(self, chunks: int, num_chunks: int, sums: int, norm: int, stream: int) -> None:
         table = np.ctypeslib.as_array((ctypes.c_uint8 * (16 * num_chunks)).from_address(chunks))
@@ -125,6 +161,43 @@ def test_tables_say_what_to_update(page_elements: int, interpreter: Interpreter)
         assert tables.gradient_norm().item() == pytest.approx(exact_norm(params), rel=1e-6)
     for p, q in zip(params, expected, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("page_bytes", [1 << 20, 20 * 520, 520])
+def test_tables_say_where_8_bit_states_are(page_bytes: int, interpreter: Interpreter) -> None:
+    params, expected = make_parameters(), make_parameters()
+    reference = PagedAdamW(groups(expected), **SETTINGS, state_bits=8)
+    layout = StateLayout.cut([p.numel() for p in params], page_bytes, 8)
+    assert 0 < layout.num_quantized < len(layout.pages)
+    tables = ChunkTables(params, layout)
+    memory = torch.zeros(len(layout.pages), page_bytes, dtype=torch.uint8)
+    for step in range(1, 5):
+        set_gradients(params, 3 * step + 1)
+        set_gradients(expected, 3 * step + 1)
+        reference.step()
+        if tables.follow([p.grad for p in params]):
+            tables.assign([0, 0, 1, 1, 1, 1, 1])
+        settings = [
+            Setting(group["lr"], *group["betas"], group["eps"], group["weight_decay"], step)
+            for group in reference.param_groups
+        ]
+        interpreter.launches = 0
+        tables.update([(k, memory[k]) for k in tables.pages()], settings, None)
+        assert interpreter.launches == sum(
+            -(-count // interpreter.ADAMW_PAGES)
+            for count in (layout.num_quantized, len(layout.pages) - layout.num_quantized)
+        )
+    for p, q in zip(params, expected, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
+    states = reference.state_dict()["state"]
+    for k, pieces in enumerate(layout.pages[: layout.num_quantized]):
+        views = layout.fields(k, memory[k])
+        for param, start, stop, at_element in pieces:
+            for name in ("exp_avg", "exp_avg_sq"):
+                ours = views[name][at_element : at_element + stop - start].int()
+                theirs = states[param][name].view(-1)[start:stop].int()
+                assert (ours - theirs).abs().max() <= 1
+                assert (ours != theirs).float().mean() < 0.02
 
 
 def test_tables_are_built_again_only_when_something_moves(interpreter: Interpreter) -> None:

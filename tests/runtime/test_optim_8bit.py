@@ -142,6 +142,69 @@ def test_pages_and_budget_change_no_bit(device: str, dtype: torch.dtype) -> None
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.cuda
+def test_kernel_equals_the_cpu_but_for_a_few_neighbouring_codes() -> None:
+    """Moments are rounded in another order there, by a bit; few of them lie so near a border."""
+    ours, theirs = make_parameters(device="cuda"), make_parameters()
+    first = PagedAdamW(ours, **SETTINGS, state_bits=8, page_bytes=5200, budget_bytes=40 * 5200)
+    second = PagedAdamW(theirs, **SETTINGS, state_bits=8)
+    factor = torch.tensor(0.37)
+    for step in range(10):
+        for params, optimizer in ((ours, first), (theirs, second)):
+            set_gradients(params, step)
+            optimizer.step(gradient_factor=factor.to(params[0].device))
+    for p, q in zip(ours, theirs, strict=True):
+        gap = (p.detach().cpu() - q.detach()).abs()
+        assert gap.max() < 0.01
+        assert (gap > 1e-5).float().mean() < 0.001
+    for (name, a), b in zip(state_of(first).items(), state_of(second).values(), strict=True):
+        if a.dtype == torch.uint8:
+            differ = (a.int() - b.int()).abs()
+            assert differ.max() <= 1
+            assert (differ > 0).float().mean() < 0.001
+        else:
+            torch.testing.assert_close(a, b, rtol=1e-2 if "absmax" in name else 1e-5, atol=1e-6)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernel_encodes_exactly_as_the_cpu(dtype: torch.dtype) -> None:
+    """Without memory of earlier steps the moments are the gradient and its square, exactly."""
+    generator = torch.Generator().manual_seed(5)
+    for size in (LEAST_8BIT, 100_003):
+        gradient = torch.randn(size, generator=generator).to(dtype)
+        gradient *= (10.0 ** -torch.randint(0, 10, (size,), generator=generator)).to(dtype)
+        gradient[:300] = 0
+        states = []
+        for device in ("cuda", "cpu"):
+            p = torch.nn.Parameter(torch.zeros(size + 1, dtype=dtype, device=device)[1:])  # not aligned
+            optimizer = PagedAdamW([p], lr=0.0, betas=(0.0, 0.0), weight_decay=0.0, state_bits=8)
+            p.grad = gradient.to(device)
+            optimizer.step()
+            assert not p.detach().any()
+            states.append(state_of(optimizer))
+        assert all(torch.equal(states[0][name], value) for name, value in states[1].items())
+
+
+@pytest.mark.cuda
+def test_pressure_moves_8_bit_states_to_the_host_and_changes_nothing() -> None:
+    results = []
+    for pressed in (False, True):
+        params = [torch.nn.Parameter(torch.full((3_000_000,), 0.5, device="cuda")) for _ in range(3)]
+        optimizer = PagedAdamW(params, **SETTINGS, state_bits=8, page_bytes=1 << 20)
+        for step in range(6):
+            torch.manual_seed(step)
+            for p in params:
+                p.grad = torch.randn_like(p)
+            if pressed and step == 3:
+                assert optimizer.release_memory() > 0
+            optimizer.step()
+        assert (optimizer.pager.stats.bytes_in > 0) == pressed
+        results.append([p.detach().clone() for p in params] + list(state_of(optimizer).values()))
+        optimizer.close()
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_arithmetic_of_bitsandbytes_gives_the_same() -> None:
     """From the same states, one step each: parameters to rounding, codes but for its coarser table."""
     functional = pytest.importorskip("bitsandbytes.functional")
