@@ -328,6 +328,12 @@ def test_numbers_out_of_range_are_refused() -> None:
         _cuda.adamw(0, 0, 0, [], 0, [(0.0, 0.0, 0.0, 0.0, 0.0, 0)], 0, 0)
     with pytest.raises(ValueError, match="pages: expected at most 256, got 257"):
         _cuda.adamw(0, 0, 0, [0] * 257, 0, [(0.0, 0.0, 0.0, 0.0, 0.0, 1)], 0, 0)
+    for elements, page, message in (
+        (255, 0, "page_elements: expected a multiple of 256, got 255"),
+        (256, 12, "page: expected an address that 8 divides, got 12"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            _cuda.adamw_8bit(0, 0, 0, [page], elements, [(0.0, 0.0, 0.0, 0.0, 0.0, 1)], 0, 0, 0)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here CUDA has nothing to refuse")
