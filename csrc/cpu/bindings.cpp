@@ -50,6 +50,28 @@ int64_t quantize_codes_at(uintptr_t src, int dtype, int64_t n, uintptr_t codes, 
                         pointer<float>(absmax_f32), threads);
 }
 
+int64_t quantize_codes_onto_at(uintptr_t levels, uintptr_t thresholds, uintptr_t src, int dtype, int64_t n,
+                               uintptr_t codes, uintptr_t absmax_f32, int threads) {
+  require(n >= 0, "n", "at least 0", n);
+  check_threads(threads);
+  const Dtype type = dtype_of("dtype", dtype);
+  const py::gil_scoped_release unlocked;
+  return quantize_codes_onto(pointer<const float>(levels), pointer<const float>(thresholds),
+                             pointer<const void>(src), type, n, pointer<uint8_t>(codes),
+                             pointer<float>(absmax_f32), threads);
+}
+
+int64_t quantize_search_at(uintptr_t levels, uintptr_t thresholds, uintptr_t src, int dtype, int64_t n,
+                           uintptr_t codes, uintptr_t absmax_u8, uintptr_t nested_absmax, int threads) {
+  require(n >= 0, "n", "at least 0", n);
+  check_threads(threads);
+  const Dtype type = dtype_of("dtype", dtype);
+  const py::gil_scoped_release unlocked;
+  return quantize_search(pointer<const float>(levels), pointer<const float>(thresholds),
+                         pointer<const void>(src), type, n, pointer<uint8_t>(codes),
+                         pointer<uint8_t>(absmax_u8), pointer<float>(nested_absmax), threads);
+}
+
 float quantize_absmax_at(uintptr_t absmax_f32, int64_t n, uintptr_t absmax_u8, uintptr_t nested_absmax) {
   require(n >= 0, "n", "at least 0", n);
   const py::gil_scoped_release unlocked;
@@ -107,6 +129,10 @@ PYBIND11_MODULE(_native, m) {
   m.doc() = "NF4 kernels for the CPU; see _native.pyi.";
   m.def("quantize_codes", &nf4::quantize_codes_at, "src"_a, "dtype"_a, "n"_a, "codes"_a, "absmax_f32"_a,
         "threads"_a);
+  m.def("quantize_codes_onto", &nf4::quantize_codes_onto_at, "levels"_a, "thresholds"_a, "src"_a, "dtype"_a,
+        "n"_a, "codes"_a, "absmax_f32"_a, "threads"_a);
+  m.def("quantize_search", &nf4::quantize_search_at, "levels"_a, "thresholds"_a, "src"_a, "dtype"_a, "n"_a,
+        "codes"_a, "absmax_u8"_a, "nested_absmax"_a, "threads"_a);
   m.def("quantize_absmax", &nf4::quantize_absmax_at, "absmax_f32"_a, "n"_a, "absmax_u8"_a, "nested_absmax"_a);
   m.def("first_nonfinite", &nf4::first_nonfinite_at, "src"_a, "dtype"_a, "n"_a, "nan_only"_a, "threads"_a);
   m.def("dequantize", &nf4::dequantize_at, "codes"_a, "absmax"_a, "quant_map"_a, "nested_absmax"_a,

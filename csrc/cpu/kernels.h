@@ -42,6 +42,20 @@ using DequantizeBlocks = void (*)(const uint8_t* codes, const float* scales, con
 using QuantizeBlocks = int64_t (*)(const void* values, Dtype dtype, int64_t num_blocks, uint8_t* codes,
                                    float* absmax);
 
+// The searching encoder; search.h says what these do and to which bits. `x`: the blocks in fixed point, in an
+// order that is the kernels' own affair.
+struct SearchTables;
+// absmax of each block, and the best scale before snapping, the first of equally good ones. Returns the first
+// block that holds a NaN or an infinity, or -1.
+using FindScales = int64_t (*)(const SearchTables& tables, const void* values, Dtype dtype,
+                               int64_t num_blocks, int16_t* x, float* absmax, float* scales);
+// The error of each block with each of its inverses, [num_blocks, per_block].
+using MeasureBlocks = void (*)(const SearchTables& tables, const int16_t* x, const int16_t* inverses,
+                               int64_t num_blocks, int per_block, int32_t* errors);
+// Codes for given scales.
+using EncodeBlocks = void (*)(const SearchTables& tables, const void* values, Dtype dtype, int64_t num_blocks,
+                              const float* scales, uint8_t* codes);
+
 // The map of block scales, and its entries byte by byte: planes[b][i] is byte b of values[i].
 struct ScaleMap {
   const float* values;
@@ -85,6 +99,9 @@ struct Kernels {
   ScaleBlocks scale_blocks;  // null: this ISA has nothing better than a loop
   DequantizeBlocks dequantize_blocks;
   QuantizeBlocks quantize_blocks;
+  FindScales find_scales;
+  MeasureBlocks measure_blocks;
+  EncodeBlocks encode_blocks;
   LinearKernel linear_f32;  // float32 throughout
   LinearKernel linear_i16;  // 16-bit integer products, float32 scales and sums
 };
@@ -100,9 +117,20 @@ void dequantize(const Packed& packed, int64_t start, int64_t stop, void* out, Dt
 // value.
 int64_t quantize_codes(const void* values, Dtype dtype, int64_t n, uint8_t* codes, float* absmax,
                        int threads);
+// The same onto other levels, whose thresholds lie between them.
+int64_t quantize_codes_onto(const float* levels, const float* thresholds, const void* values, Dtype dtype,
+                            int64_t n, uint8_t* codes, float* absmax, int threads);
+
+// search.cpp: codes, absmax (the 8-bit one) and nested_absmax [ceil(blocks / 256)] for an offset of 0;
+// returns as quantize_codes does.
+int64_t quantize_search(const float* levels, const float* thresholds, const void* values, Dtype dtype,
+                        int64_t n, uint8_t* codes, uint8_t* absmax, float* nested_absmax, int threads);
 
 // nonfinite.cpp: index of the first NaN or infinity (NaN only, if so asked), or -1.
 int64_t first_nonfinite(const void* values, Dtype dtype, int64_t n, bool nan_only, int threads);
+
+// quantize_absmax.cpp: the entry of the 8-bit map that is nearest; of two the lower.
+uint8_t nearest_nested(float value);
 
 // quantize_absmax.cpp: second level; returns the offset.
 float quantize_absmax(const float* absmax, int64_t n, uint8_t* codes, float* nested_absmax);

@@ -78,10 +78,14 @@ float mean(const float* values, int64_t n) {
 
 }  // namespace
 
+uint8_t nearest_nested(float value) {
+  static const NestedSearch search;
+  return search(value);
+}
+
 float quantize_absmax(const float* absmax, int64_t n, uint8_t* codes, float* nested_absmax) {
   if (n == 0) return 0.0f;
   const DefaultFloatEnvironment environment;
-  static const NestedSearch search;
   const float offset = mean(absmax, n);
   for (int64_t begin = 0; begin < n; begin += kNestedBlock) {
     const int64_t count = std::min(kNestedBlock, n - begin);
@@ -93,7 +97,7 @@ float quantize_absmax(const float* absmax, int64_t n, uint8_t* codes, float* nes
     }
     nested_absmax[begin / kNestedBlock] = largest;
     const float reciprocal = std::min(1.0f / largest, FLT_MAX);
-    for (int64_t i = 0; i < count; ++i) codes[begin + i] = search(centred[i] * reciprocal);
+    for (int64_t i = 0; i < count; ++i) codes[begin + i] = nearest_nested(centred[i] * reciprocal);
   }
   return offset;
 }

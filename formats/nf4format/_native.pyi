@@ -21,6 +21,26 @@ def quantize_codes(src: int, dtype: int, n: int, codes: int, absmax_f32: int, th
     Returns -1, or the index of the first non-finite value, and then the outputs are of no use.
     """
 
+def quantize_codes_onto(
+    levels: int, thresholds: int, src: int, dtype: int, n: int, codes: int, absmax_f32: int, threads: int
+) -> int:
+    """quantize_codes for other levels: float32 [16] and float32 [15], as nf4format.levels checks them."""
+
+def quantize_search(
+    levels: int,
+    thresholds: int,
+    src: int,
+    dtype: int,
+    n: int,
+    codes: int,
+    absmax_u8: int,
+    nested_absmax: int,
+    threads: int,
+) -> int:
+    """Codes uint8 [ceil(n / 2)] and searched scales for an offset of 0: uint8 [nb = ceil(n / 64)] and float32
+    [ceil(nb / 256)]. Returns as quantize_codes does.
+    """
+
 def quantize_absmax(absmax_f32: int, n: int, absmax_u8: int, nested_absmax: int) -> float:
     """Scales uint8 [n] and float32 [ceil(n / 256)] of n float32 scales; returns nested_offset."""
 

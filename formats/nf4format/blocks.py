@@ -28,6 +28,7 @@ import numpy.typing as npt
 
 from . import _native
 from .codebook import BLOCK, NESTED_BLOCK, NESTED_MAP, NF4_LEVELS
+from .levels import check_levels, thresholds_of
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 """Names of the three value types. numpy has no bfloat16: such arrays travel as uint16 bit patterns."""
@@ -101,6 +102,7 @@ def quantize_codes(
     values: np.ndarray,
     dtype: Dtype,
     *,
+    levels: np.ndarray = NF4_LEVELS,
     codes: np.ndarray | None = None,
     absmax: np.ndarray | None = None,
     threads: int = 1,
@@ -109,12 +111,13 @@ def quantize_codes(
 
     absmax is the largest magnitude in the block; each value is multiplied by float32(1 / absmax), computed
     once a block and held to the largest finite float32 (that only matters below absmax = 2**-128), and takes
-    the nearest level by NF4_THRESHOLDS. A block of zeros has absmax 0 and code 7, the level 0.0; so has the
-    missing low nibble when n is odd. Consecutive chunks, each a multiple of 64 elements but the last, give
-    the same bytes as one call on the whole.
+    the nearest level by `thresholds_of(levels)`. A block of zeros has absmax 0 and the code of 0.0 (NF4: 7);
+    so has the missing low nibble when n is odd. Consecutive chunks, each a multiple of 64 elements but the
+    last, give the same bytes as one call on the whole.
 
     Args:
         values: [n], the array type of `dtype`.
+        levels: float32 [16], as `check_levels` wants them.
         codes: where to write, uint8 [ceil(n / 2)]; a new array by default.
         absmax: where to write, float32 [ceil(n / 64)]; a new array by default.
         threads: the most threads to use; the result does not depend on it.
@@ -127,12 +130,62 @@ def quantize_codes(
     _check_array("values", values, ARRAY_DTYPES[dtype], n)
     codes = _output("codes", codes, np.uint8, math.ceil(n / 2))
     absmax = _output("absmax", absmax, np.float32, math.ceil(n / BLOCK))
-    index = _native.quantize_codes(
-        values.ctypes.data, _DTYPE_CODES[dtype], n, codes.ctypes.data, absmax.ctypes.data, threads
-    )
+    arguments = (values.ctypes.data, _DTYPE_CODES[dtype], n, codes.ctypes.data, absmax.ctypes.data, threads)
+    if levels is NF4_LEVELS:
+        index = _native.quantize_codes(*arguments)
+    else:
+        check_levels(levels)
+        thresholds = thresholds_of(levels)
+        index = _native.quantize_codes_onto(levels.ctypes.data, thresholds.ctypes.data, *arguments)
     if index >= 0:
         raise NonFinite(index)
     return codes, absmax
+
+
+def quantize_search(
+    values: np.ndarray,
+    dtype: Dtype,
+    *,
+    levels: np.ndarray = NF4_LEVELS,
+    codes: np.ndarray | None = None,
+    threads: int = 1,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Both stages at once, with scales that are searched for: less error for the same decoder.
+
+    Decoding multiplies a level by its block's scale, so a scale may be negative (levels are not symmetric),
+    and need not be the largest magnitude. For each block, 0.70, 0.75 ... 1.30 times absmax and the same with
+    a minus are tried. nested_offset is 0, nested_absmax the largest magnitude of the scales found in 256
+    blocks; among the three entries of NESTED_MAP next to a scale, the one with the least error is kept, and
+    codes are the nearest levels for what it decodes to. Errors are computed in integers: every instruction
+    set and any number of threads give the same bytes, as `nf4format.reference` spells them out. Consecutive
+    chunks, each a multiple of 64 * 256 elements but the last, give the same bytes as one call on the whole.
+
+    Args:
+        values: [n], the array type of `dtype`.
+        levels: float32 [16], as `check_levels` wants them.
+        codes: where to write, uint8 [ceil(n / 2)]; a new array by default.
+        threads: the most threads to use.
+
+    Returns:
+        codes; absmax uint8 [ceil(n / 64)]; nested_absmax float32 [ceil(absmax.size / 256)].
+
+    Raises:
+        NonFinite: there is a NaN or an infinity; what was written is then of no use.
+        ValueError: an array has another dtype or size, or is not contiguous, or levels do not serve.
+    """
+    n = values.size
+    _check_array("values", values, ARRAY_DTYPES[dtype], n)
+    check_levels(levels)
+    codes = _output("codes", codes, np.uint8, math.ceil(n / 2))
+    absmax = np.empty(math.ceil(n / BLOCK), np.uint8)
+    nested_absmax = np.empty(math.ceil(absmax.size / NESTED_BLOCK), np.float32)
+    index = _native.quantize_search(
+        levels.ctypes.data, thresholds_of(levels).ctypes.data, values.ctypes.data, _DTYPE_CODES[dtype], n,
+        codes.ctypes.data, absmax.ctypes.data, nested_absmax.ctypes.data, threads,
+    )  # fmt: skip
+    if index >= 0:
+        raise NonFinite(index)
+    return codes, absmax, nested_absmax
 
 
 def quantize_absmax(absmax_f32: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:

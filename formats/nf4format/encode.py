@@ -14,8 +14,8 @@ from typing import Protocol
 
 import numpy as np
 
-from .blocks import Dtype, NonFinite, quantize_absmax, quantize_codes
-from .codebook import BLOCK
+from .blocks import Dtype, NonFinite, quantize_absmax, quantize_codes, quantize_search
+from .codebook import BLOCK, NESTED_BLOCK, NESTED_MAP
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,14 @@ class Constants:
     nested_absmax: np.ndarray
     nested_offset: float
 
+    def negative_scales(self) -> float:
+        """Share of the blocks whose scale is below zero."""
+        negative = 0
+        for group, factor in enumerate(self.nested_absmax):
+            entries = self.absmax[group * NESTED_BLOCK : (group + 1) * NESTED_BLOCK]
+            negative += int((NESTED_MAP[entries] * factor + np.float32(self.nested_offset) < 0).sum())
+        return negative / max(1, self.absmax.size)
+
 
 class TensorSource(Protocol):
     """The tensor to encode, in the array type of `dtype` (bfloat16: uint16 bit patterns)."""
@@ -40,7 +48,7 @@ class TensorSource(Protocol):
     dtype: Dtype
 
     def chunks(self) -> Iterator[tuple[int, np.ndarray]]:
-        """(index of the first value, values [<= chunk]): consecutive, multiples of 64 values but the last.
+        """(index of the first value, values [<= chunk]): consecutive, multiples of 64 * 256 but the last.
 
         The array is overwritten by the next step.
         """
@@ -89,4 +97,29 @@ def encode_absmax(
     return Constants(*quantize_absmax(scales))
 
 
-ENCODERS: dict[int, Encoder] = {0: encode_absmax}
+def encode_search(
+    source: TensorSource, write_codes: WriteCodes, threads: Callable[[], int], scales: np.ndarray
+) -> Constants:
+    """Level 1: scales of either sign that lose least, see `nf4format.blocks.quantize_search`."""
+    num_blocks = -(-source.num_values // BLOCK)
+    absmax = np.empty(num_blocks, np.uint8)
+    nested_absmax = np.empty(-(-num_blocks // NESTED_BLOCK), np.float32)
+    codes: np.ndarray | None = None
+    for start, values in source.chunks():
+        if codes is None:
+            codes = np.empty(-(-values.size // 2), np.uint8)  # the first chunk is the largest
+        chunk_codes = codes[: -(-values.size // 2)]
+        try:
+            _, chunk_absmax, chunk_nested = quantize_search(
+                values, source.dtype, codes=chunk_codes, threads=threads()
+            )
+        except NonFinite as error:
+            raise NonFinite(start + error.index) from None
+        first = start // BLOCK
+        absmax[first : first + chunk_absmax.size] = chunk_absmax
+        nested_absmax[first // NESTED_BLOCK :][: chunk_nested.size] = chunk_nested
+        write_codes(start, chunk_codes)
+    return Constants(absmax, nested_absmax, 0.0)
+
+
+ENCODERS: dict[int, Encoder] = {0: encode_absmax, 1: encode_search}

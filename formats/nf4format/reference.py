@@ -10,7 +10,8 @@ import math
 import numpy as np
 
 from .blocks import Dtype, NonFinite, PackedTensor
-from .codebook import BLOCK, NESTED_BLOCK, NESTED_MAP, NF4_LEVELS, NF4_THRESHOLDS
+from .codebook import BLOCK, NESTED_BLOCK, NESTED_MAP, NF4_LEVELS
+from .levels import thresholds_of
 
 _LARGEST = np.float32(np.finfo(np.float32).max)
 _NESTED_THRESHOLDS = (NESTED_MAP[:-1] + NESTED_MAP[1:]) / np.float32(2)
@@ -51,30 +52,40 @@ def quantize_codes(
     values: np.ndarray,
     dtype: Dtype,
     *,
+    levels: np.ndarray = NF4_LEVELS,
     codes: np.ndarray | None = None,
     absmax: np.ndarray | None = None,
     threads: int = 1,
 ) -> tuple[np.ndarray, np.ndarray]:
     """First stage, see `nf4format.blocks.quantize_codes`; `threads` has no effect here."""
-    n = values.size
-    index = first_nonfinite(values, dtype)
-    if index is not None:
-        raise NonFinite(index)
-    num_blocks = math.ceil(n / BLOCK)
-    padded = np.zeros((num_blocks, BLOCK), np.float32)
-    padded.reshape(-1)[:n] = to_float32(values, dtype)
-    scale, reciprocal = _scale_and_reciprocal(padded)
-    scaled = (padded * reciprocal[:, None]).reshape(-1)
-    # A value's code is the number of thresholds below it. The padding is 0.0, whose code 7 is also what
-    # the missing low nibble of an odd tensor holds.
-    code = np.searchsorted(NF4_THRESHOLDS, scaled, side="left").astype(np.uint8)
-    packed = ((code[0::2] << 4) | code[1::2])[: math.ceil(n / 2)]
+    blocks = _blocks(values, dtype)
+    scale, reciprocal = _scale_and_reciprocal(blocks)
+    packed = _packed_codes(blocks * reciprocal[:, None], levels, values.size)
     if codes is None:
         codes = np.empty(packed.size, np.uint8)
     if absmax is None:
-        absmax = np.empty(num_blocks, np.float32)
+        absmax = np.empty(scale.size, np.float32)
     codes[:], absmax[:] = packed, scale
     return codes, absmax
+
+
+def _blocks(values: np.ndarray, dtype: Dtype) -> np.ndarray:
+    """float32 [blocks, 64], the last filled up with zeros."""
+    index = first_nonfinite(values, dtype)
+    if index is not None:
+        raise NonFinite(index)
+    padded = np.zeros((math.ceil(values.size / BLOCK), BLOCK), np.float32)
+    padded.reshape(-1)[: values.size] = to_float32(values, dtype)
+    return padded
+
+
+def _packed_codes(scaled: np.ndarray, levels: np.ndarray, n: int) -> np.ndarray:
+    """Codes of n scaled values: a value's code is the number of thresholds below it.
+
+    The padding is 0.0, whose code (7 for NF4) is also what the missing low nibble of an odd tensor holds.
+    """
+    code = np.searchsorted(thresholds_of(levels), scaled.reshape(-1), side="left").astype(np.uint8)
+    return ((code[0::2] << 4) | code[1::2])[: math.ceil(n / 2)]
 
 
 def quantize_absmax(absmax_f32: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
@@ -109,6 +120,77 @@ def quantize(values: np.ndarray, dtype: Dtype, *, threads: int = 1) -> PackedTen
     return PackedTensor(
         values.shape, dtype, codes, absmax_u8, NF4_LEVELS, nested_absmax, NESTED_MAP, nested_offset
     )
+
+
+MULTIPLIERS = np.arange(14, 27).astype(np.float32) / np.float32(20)
+"""float32 [13]: 0.70, 0.75 ... 1.30."""
+
+_UNIT = 5632  # 1.0 in the search's fixed point: csrc/cpu/search.h
+_LARGEST_INVERSE = 8191
+
+
+def quantize_search(
+    values: np.ndarray,
+    dtype: Dtype,
+    *,
+    levels: np.ndarray = NF4_LEVELS,
+    codes: np.ndarray | None = None,
+    threads: int = 1,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Both stages at once, see `nf4format.blocks.quantize_search`; `threads` has no effect here."""
+    blocks = _blocks(values, dtype)
+    absmax = np.abs(blocks).max(axis=1)
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        fixed = np.rint(blocks * np.minimum(np.float32(32767) / absmax, _LARGEST)[:, None]).astype(np.int32)
+        # 1. Of 26 multiples of absmax, the one with the least error.
+        scale, least = np.zeros_like(absmax), np.full(absmax.shape, np.inf, np.float32)
+        for sign in (np.float32(1), np.float32(-1)):
+            for multiplier in MULTIPLIERS:
+                inverse = np.full(absmax.shape, np.rint(_UNIT / np.float64(multiplier)), np.int32)
+                error = _fixed_error(fixed, inverse, bool(sign < 0), levels) * (multiplier * multiplier)
+                candidate = sign * np.minimum(absmax * multiplier, _LARGEST)
+                scale, least = np.where(error < least, candidate, scale), np.minimum(error, least)
+        # 2. In groups of 256 blocks, of the three entries of the map that are next to it, the best.
+        num_nested = math.ceil(absmax.size / NESTED_BLOCK)
+        padded = np.zeros((num_nested, NESTED_BLOCK), np.float32)
+        padded.reshape(-1)[: absmax.size] = scale
+        nested_absmax, reciprocal = _scale_and_reciprocal(padded)
+        relative = (padded * reciprocal[:, None]).reshape(-1)[: absmax.size]
+        nearest = np.searchsorted(_NESTED_THRESHOLDS, relative, side="left")
+        nested = np.repeat(nested_absmax, NESTED_BLOCK)[: absmax.size]
+        entry, least = nearest, np.full(absmax.shape, np.inf, np.float32)
+        for neighbour in (nearest, np.maximum(nearest - 1, 0), np.minimum(nearest + 1, 255)):
+            ratio = absmax / (NESTED_MAP[neighbour] * nested)
+            compared = abs(ratio * np.float32(_UNIT)) <= _LARGEST_INVERSE
+            inverse = np.where(compared, np.rint(ratio * np.float32(_UNIT)), 0).astype(np.int32)
+            weight = np.where(compared, np.float32(1) / (ratio * ratio), np.float32(np.inf))
+            error = (_fixed_error(fixed, abs(inverse), inverse < 0, levels) + np.float32(1)) * weight
+            entry, least = np.where(error < least, neighbour, entry), np.minimum(error, least)
+        # 3. Codes for the scales as they will be decoded.
+        scale = NESTED_MAP[entry] * nested
+        factor = np.where(scale == 0, np.float32(0), np.clip(np.float32(1) / scale, -_LARGEST, _LARGEST))
+        packed = _packed_codes(blocks * factor[:, None], levels, values.size)
+    if codes is None:
+        codes = np.empty(packed.size, np.uint8)
+    codes[:] = packed
+    return codes, entry.astype(np.uint8), nested_absmax
+
+
+def _fixed_error(
+    fixed: np.ndarray, inverse: np.ndarray, negative: np.ndarray | bool, levels: np.ndarray
+) -> np.ndarray:
+    """Sum over each block of the squared distance from the nearest level, in integers, as float32 [blocks].
+
+    Args:
+        fixed: int32 [blocks, 64], values in units of absmax / 32767.
+        inverse: int32 [blocks], _UNIT * absmax / magnitude of the scale.
+        negative: whether the scale is below zero.
+    """
+    scaled = (fixed * inverse[:, None] + (1 << 14)) >> 15
+    scaled = np.where(np.reshape(negative, (-1, 1)), -scaled, scaled)
+    fixed_levels = 2 * np.rint(levels.astype(np.float64) * (_UNIT // 2)).astype(np.int64)
+    code = np.searchsorted((fixed_levels[:-1] + fixed_levels[1:]) // 2, scaled, side="left")
+    return np.square(scaled - fixed_levels[code]).sum(axis=1).astype(np.float32)
 
 
 def decode_absmax(packed: PackedTensor) -> np.ndarray:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from nf4format import _native, blocks, reference
 from nf4format.blocks import ARRAY_DTYPES, Dtype, PackedTensor
 from nf4format.codebook import NESTED_MAP, NF4_LEVELS, NF4_THRESHOLDS
+from nf4format.levels import LEVELS
 
 DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16", "float16")
 CODES = {"float32": 0, "bfloat16": 1, "float16": 2}
@@ -96,6 +97,67 @@ def test_quantize_of_all_bit_patterns(dtype: Dtype) -> None:
     expected_codes, expected_absmax = reference.quantize_codes(values, dtype)
     np.testing.assert_array_equal(absmax.view(np.uint32), expected_absmax.view(np.uint32))
     np.testing.assert_array_equal(codes, expected_codes)
+
+
+def uneven(n: int, dtype: Dtype, exponent: int, seed: int) -> np.ndarray:
+    """Blocks of zeros, of tiny and of large values among ordinary ones, and single outliers."""
+    rng = np.random.default_rng(seed)
+    wide = rng.standard_normal((-(-n // 64), 64), dtype=np.float32) * np.float32(2.0**exponent)
+    wide[rng.random(len(wide)) < 0.05] = 0
+    wide[rng.random(len(wide)) < 0.05] *= np.float32(1e-30)
+    wide[rng.random(len(wide)) < 0.02] *= np.float32(1e-42)  # subnormal
+    wide[rng.random(len(wide)) < 0.05] *= np.float32(1e8)
+    wide[rng.random(wide.shape) < 0.002] *= np.float32(100)
+    limit = 60000 if dtype == "float16" else 3.4e38
+    return reference.from_float32(np.clip(wide.reshape(-1)[:n], -limit, limit), dtype)
+
+
+@settings(deadline=None, max_examples=40, derandomize=True)
+@given(
+    n=st.one_of(st.integers(1, 400), st.integers(1, 40_000)),
+    dtype=st.sampled_from(DTYPES),
+    levels=st.sampled_from(list(LEVELS)),
+    exponent=st.integers(-120, 90),
+    seed=st.integers(0, 1000),
+)
+def test_search_equals_the_reference(n: int, dtype: Dtype, levels: str, exponent: int, seed: int) -> None:
+    values = uneven(n, dtype, exponent, seed)
+    codes = Guarded((n + 3) // 4 * 2, "bfloat16").array.view(np.uint8)[: -(-n // 2)]
+    ours = blocks.quantize_search(values, dtype, levels=LEVELS[levels], codes=codes, threads=2)
+    expected = reference.quantize_search(values, dtype, levels=LEVELS[levels])
+    for name, one, other in zip(("codes", "absmax", "nested_absmax"), ours, expected, strict=True):
+        np.testing.assert_array_equal(one, other, err_msg=name)
+
+
+@settings(deadline=None, max_examples=20, derandomize=True)
+@given(
+    n=st.integers(1, 10_000),
+    dtype=st.sampled_from(DTYPES),
+    levels=st.sampled_from(list(LEVELS)),
+    seed=st.integers(0, 1000),
+)
+def test_quantize_onto_other_levels_equals_the_reference(
+    n: int, dtype: Dtype, levels: str, seed: int
+) -> None:
+    values = uneven(n, dtype, 0, seed)
+    table = LEVELS[levels].copy()  # a copy of NF4's takes the way of the others
+    for ours, expected in zip(
+        blocks.quantize_codes(values, dtype, levels=table),
+        reference.quantize_codes(values, dtype, levels=table),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(ours, expected)
+
+
+def test_search_errors_stay_within_32_bits() -> None:
+    """The largest error of fixed-point arithmetic: all values at the border, levels that end at a half."""
+    levels = np.linspace(-0.5, 0.5, 16, dtype=np.float32)
+    values = np.ones(64 * 40, np.float32) * np.float32(3)
+    for sign in (1, -1):
+        ours = blocks.quantize_search(values * np.float32(sign), "float32", levels=levels)
+        expected = reference.quantize_search(values * np.float32(sign), "float32", levels=levels)
+        for one, other in zip(ours, expected, strict=True):
+            np.testing.assert_array_equal(one, other)
 
 
 def test_ties_take_the_lower_code() -> None:

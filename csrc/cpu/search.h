@@ -1,0 +1,79 @@
+// The searching encoder. A block's scale is its largest magnitude `a` times a multiplier, 0.70, 0.75 ... 1.30
+// or one of these with a minus, then snapped to the 8-bit grid of its group of 256 blocks:
+//
+//   find_scales     the multiplier with the least error, for each block
+//   measure_blocks  errors for the three entries of the grid next to that scale; the least is taken
+//   encode_blocks   codes for what the entry decodes to
+//
+// Errors are computed in integers, so that neither the order of sums nor the width of vectors can show. A
+// scale s stands for its inverse k = rint(kUnit a / |s|) and its sign, a value v for x = rint(32767 v / a):
+//
+//   y = (x k + 2^14) >> 15, with the sign of s
+//   error = sum over the block of (y - nearest level)^2        times (s / a)^2, to compare scales
+//
+// nf4format/reference.py has the same in plain numpy.
+#pragma once
+
+#include "kernels.h"
+
+namespace nf4 {
+
+constexpr int kUnit = 11 * 512;  // 1.0 in fixed point
+constexpr int kLargestInverse = 16 * 512 - 1;
+constexpr int kMultipliers = 13;  // magnitudes
+constexpr int kPairs = 8;         // of neighbouring levels
+constexpr int kBins = 32;         // of 512 each: all that y may be
+constexpr int kBinShift = 9;
+constexpr float kMagic = 0x1.8p23f;  // added to a small number, it leaves the nearest integer in the low bits
+
+// Levels in fixed point, for one sign of the scale: for minus they are negated instead of y. Levels are even
+// numbers. Taken in pairs, within a pair's range the distance to the nearer of the two is
+// | |y - middle| - half |.
+struct FixedLevels {
+  // Pair p + 1 begins above borders[p]; the last is larger than any y.
+  alignas(16) int16_t borders[kPairs];
+  alignas(16) int16_t middles[kPairs];
+  alignas(16) int16_t halves[kPairs];
+  // By bin, y >> kBinShift modulo kBins: of the two levels nearest to every y in it. Only if has_bins.
+  alignas(64) int16_t bin_middles[kBins];
+  alignas(64) int16_t bin_halves[kBins];
+};
+
+// What a table of levels becomes for the search.
+struct SearchTables {
+  // Both ascending. A value's code is the number of thresholds below it.
+  alignas(64) float levels[16];
+  alignas(64) float thresholds[16];  // and one that nothing exceeds
+
+  alignas(64) int16_t inverses[16];  // of the multipliers, then zeros
+  alignas(64) float squares[16];     // of the multipliers, then zeros
+
+  FixedLevels plus, minus;
+  bool has_bins;  // no bin has more than two levels that are nearest to a y in it
+};
+
+// 16 levels, ascending, from at most -0.5 to at least 0.5 and within [-1, 1], and the 15 thresholds. The
+// limits keep a block's error below 2^31.
+SearchTables search_tables(const float* levels, const float* thresholds);
+
+// The factors that all kernels share, to the bit.
+static inline float limited_inverse(float numerator, float value) {
+  const float inverse = numerator / value;  // infinite where the value is 0 or subnormal
+  const float largest = 0x1.fffffep127f;
+  return inverse < largest ? (inverse > -largest ? inverse : -largest) : largest;
+}
+
+// What values are multiplied by before codes are looked up; a scale of zero gives every value the code of 0.
+static inline float factor_of(float scale) { return scale == 0.0f ? 0.0f : limited_inverse(1.0f, scale); }
+
+static inline float multiplier(int index) { return float(14 + index) / 20.0f; }
+
+// absmax times the multiplier, held to finite values.
+static inline float scale_of(int index, bool minus, float absmax) {
+  const float scale = absmax * multiplier(index);
+  const float largest = 0x1.fffffep127f;
+  const float magnitude = scale < largest ? scale : largest;
+  return minus ? -magnitude : magnitude;
+}
+
+}  // namespace nf4

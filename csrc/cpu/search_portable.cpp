@@ -1,0 +1,95 @@
+// The searching encoder in plain C++; see search.h.
+#include "rounding.h"
+#include "search.h"
+
+namespace nf4 {
+namespace {
+
+// The largest magnitude of a block, or a NaN or infinity if it has one.
+float widen_block(const void* values, Dtype dtype, int64_t block, float* wide) {
+  uint32_t largest = 0;  // of the magnitudes' bits, which order like the magnitudes, with NaN above all
+  for (int64_t i = 0; i < kBlock; ++i) {
+    const int64_t at = block * kBlock + i;
+    wide[i] = dtype == Dtype::float32    ? static_cast<const float*>(values)[at]
+              : dtype == Dtype::bfloat16 ? bf16_to_float(static_cast<const uint16_t*>(values)[at])
+                                         : fp16_to_float(static_cast<const uint16_t*>(values)[at]);
+    const uint32_t magnitude = bits_of(wide[i]) & 0x7fffffffu;
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  return float_of(largest);
+}
+
+int32_t error_of(const FixedLevels& levels, const int16_t* x, int32_t inverse) {
+  int32_t sum = 0;
+  for (int64_t i = 0; i < kBlock; ++i) {
+    const int32_t y = (x[i] * inverse + (1 << 14)) >> 15;
+    int32_t middle = levels.middles[0], half = levels.halves[0];
+    for (int pair = 1; pair < kPairs; ++pair) {
+      const bool above = y > levels.borders[pair - 1];
+      middle = above ? levels.middles[pair] : middle;
+      half = above ? levels.halves[pair] : half;
+    }
+    const int32_t distance = (y > middle ? y - middle : middle - y) - half;
+    sum += distance * distance;
+  }
+  return sum;
+}
+
+unsigned code_of(const SearchTables& tables, float scaled) {
+  const float* const thresholds = tables.thresholds;
+  unsigned code = scaled > thresholds[7] ? 8 : 0;
+  code += scaled > thresholds[code + 3] ? 4 : 0;
+  code += scaled > thresholds[code + 1] ? 2 : 0;
+  code += scaled > thresholds[code] ? 1 : 0;
+  return code;
+}
+
+}  // namespace
+
+int64_t find_scales_portable(const SearchTables& tables, const void* values, Dtype dtype, int64_t num_blocks,
+                             int16_t* x, float* absmax, float* scales) {
+  for (int64_t block = 0; block < num_blocks; ++block) {
+    float wide[kBlock];
+    absmax[block] = widen_block(values, dtype, block, wide);
+    if (!(absmax[block] < float_of(0x7f800000u))) return block;
+    const float factor = limited_inverse(32767.0f, absmax[block]);
+    for (int64_t i = 0; i < kBlock; ++i) x[i] = int16_t(bits_of(wide[i] * factor + kMagic) - bits_of(kMagic));
+    float least = 0;
+    for (int sign = 0; sign < 2; ++sign) {
+      for (int i = 0; i < kMultipliers; ++i) {
+        const int32_t sum = error_of(sign ? tables.minus : tables.plus, x, tables.inverses[i]);
+        const float error = float(sum) * tables.squares[i];
+        if (sign + i > 0 && !(error < least)) continue;
+        least = error;
+        scales[block] = scale_of(i, sign, absmax[block]);
+      }
+    }
+    x += kBlock;
+  }
+  return -1;
+}
+
+void measure_blocks_portable(const SearchTables& tables, const int16_t* x, const int16_t* inverses,
+                             int64_t num_blocks, int per_block, int32_t* errors) {
+  for (int64_t i = 0; i < num_blocks * per_block; ++i) {
+    const int32_t inverse = inverses[i];
+    errors[i] = error_of(inverse < 0 ? tables.minus : tables.plus, x + i / per_block * kBlock,
+                         inverse < 0 ? -inverse : inverse);
+  }
+}
+
+void encode_blocks_portable(const SearchTables& tables, const void* values, Dtype dtype, int64_t num_blocks,
+                            const float* scales, uint8_t* codes) {
+  for (int64_t block = 0; block < num_blocks; ++block) {
+    float wide[kBlock];
+    widen_block(values, dtype, block, wide);
+    const float factor = factor_of(scales[block]);
+    for (int64_t i = 0; i < kBlockBytes; ++i) {
+      codes[i] =
+          uint8_t(code_of(tables, wide[2 * i] * factor) << 4 | code_of(tables, wide[2 * i + 1] * factor));
+    }
+    codes += kBlockBytes;
+  }
+}
+
+}  // namespace nf4
