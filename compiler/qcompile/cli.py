@@ -23,6 +23,7 @@ Examples:
   qcompile Llama-3.1-8B llama.nf4 --dry-run        show the plan, write nothing
   qcompile Llama-3.1-8B llama.nf4                  compile
   qcompile Llama-3.1-8B llama.nf4 --verify         and compare the result with the checkpoint
+  qcompile Llama-3.1-8B same.nf4 -O0               the bits that bitsandbytes would make
   qcompile Qwen3-30B-A3B moe.nf4 --exclude '*.self_attn.*'    keep attention in 16 bit
   qcompile Llama-3.1-8B part.nf4 --include '*.mlp.*'          pack the feed-forward layers only
   qcompile Llama-3.1-8B whole.nf4 --exclude '*'               the same container, nothing packed
@@ -39,9 +40,9 @@ Examples:
     "-O",
     "level",
     type=click.Choice([str(level) for level in ENCODERS]),
-    default="0",
+    default=str(CompileOptions.level),
     help="Optimisation level; the file is decoded the same way at each. -O0: scales are block maxima, "
-    "bit-identical to bitsandbytes.",
+    "bit-identical to bitsandbytes. -O1: scales that lose least are searched for.",
 )
 @click.option(
     "--include",

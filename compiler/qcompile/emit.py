@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -38,11 +39,15 @@ class Emitted:
 
     Attributes:
         sha256: of its bytes in the checkpoint.
+        seconds: time from the first byte read to the last written.
         error: what encoding cost, for a packed tensor; None for a kept one.
+        negative_scales: share of its blocks whose scale is below zero; 0 for a kept one.
     """
 
     sha256: str
-    error: TensorError | None
+    seconds: float
+    error: TensorError | None = None
+    negative_scales: float = 0.0
 
 
 def emit_tensors(
@@ -122,16 +127,17 @@ class _Emitter:
         if buffer is None:
             buffer = self._local.buffer = bytearray(CHUNK_BYTES)
         reader = TensorReader(self._checkpoint, decision.name, buffer, self.cancelled, self._advance)
-        error = None
+        started = time.perf_counter()
+        error, negative_scales = None, 0.0
         if decision.quantize:
-            error = self._pack(decision.name, reader)
+            error, negative_scales = self._pack(decision.name, reader)
         else:
             self._copy(decision.name, reader)
         with self._lock:
             self._unfinished -= 1
-        return Emitted(reader.sha256(), error)
+        return Emitted(reader.sha256(), time.perf_counter() - started, error, negative_scales)
 
-    def _pack(self, name: str, reader: TensorReader) -> TensorError:
+    def _pack(self, name: str, reader: TensorReader) -> tuple[TensorError, float]:
         entries = self._layout.entries
         codes_begin = entries[name].begin
 
@@ -151,13 +157,14 @@ class _Emitter:
             except NonFinite as error:
                 raise self._not_finite(name, reader, error.index, "finite values") from None
             self._write_constants(name, constants)
-            return measure(
+            measured = measure(
                 reader.num_values,
                 reader.dtype,
                 sampled_segments(reader.num_values),
                 reader.read_values,
                 decode,
             )
+            return measured, constants.negative_scales()
 
     def _write_constants(self, name: str, constants: Constants) -> None:
         entries = self._layout.entries

@@ -24,7 +24,7 @@ class CompileOptions:
         verify: read the written file back and compare it with the checkpoint.
     """
 
-    level: int = 0
+    level: int = 1
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     quantize_head: bool = False

@@ -28,7 +28,7 @@ from .emit import Emitted, Progress, emit_files, emit_tensors
 from .errors import CompileError
 from .options import CompileOptions
 from .plan import SOURCE_HASH_KEY, Plan, make_plan, source_hash
-from .quality import TensorError, group_errors
+from .quality import TensorError, group_errors, plain_ratio
 from .roles import group_of
 from .summary import CompileSummary, stored_bytes
 from .verify import verify_output
@@ -78,10 +78,10 @@ def compile_checkpoint(
             verify_seconds = 0.0
             if options.verify:
                 verify_started = time.perf_counter()
-                errors = verify_output(checkpoint, plan, emitted, file, jobs=jobs)
+                errors = verify_output(checkpoint, plan, emitted, file, level=options.level, jobs=jobs)
                 verify_seconds = time.perf_counter() - verify_started
     seconds = time.perf_counter() - started - verify_seconds
-    return _summarize(Path(out), plan, errors, sha256, seconds, verified=options.verify)
+    return _summarize(Path(out), plan, options, emitted, errors=errors, source_sha256=sha256, seconds=seconds)
 
 
 def plan_checkpoint(model_dir: str | os.PathLike[str], options: CompileOptions | None = None) -> Plan:
@@ -123,26 +123,32 @@ def _source_sha256(checkpoint: Checkpoint, plan: Plan, emitted: dict[str, Emitte
 def _summarize(
     out: Path,
     plan: Plan,
+    options: CompileOptions,
+    emitted: dict[str, Emitted],
+    *,
     errors: dict[str, TensorError],
     source_sha256: str,
     seconds: float,
-    *,
-    verified: bool,
 ) -> CompileSummary:
     packed = [decision for decision in plan.decisions if decision.quantize]
+    packed_parameters = sum(math.prod(decision.shape) for decision in packed)
+    negative = sum(emitted[d.name].negative_scales * math.prod(d.shape) for d in packed)
     return CompileSummary(
         out=str(out),
         num_packed=len(packed),
         num_kept=len(plan.decisions) - len(packed),
         num_aliases=len(plan.aliases),
         num_parameters=sum(math.prod(decision.shape) for decision in plan.decisions),
-        packed_parameters=sum(math.prod(decision.shape) for decision in packed),
+        packed_parameters=packed_parameters,
         source_bytes=sum(decision.source_bytes for decision in plan.decisions),
         file_bytes=plan.layout.file_bytes,
         packed_bytes=stored_bytes(plan, [decision.name for decision in packed]),
         measured_parameters=sum(error.measured for error in errors.values()),
+        level=options.level,
         groups=group_errors((group_of(decision.name), errors[decision.name]) for decision in packed),
+        plain_ratio=plain_ratio(list(errors.values())),
+        negative_scales=negative / max(1, packed_parameters),
         source_sha256=source_sha256,
         seconds=seconds,
-        verified=verified,
+        verified=options.verify,
     )

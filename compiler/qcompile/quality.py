@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from nf4format.blocks import Dtype, PackedTensor, dequantize
+from nf4format.blocks import Dtype, PackedTensor, dequantize, quantize
 from nf4format.codebook import BLOCK, NESTED_BLOCK, NESTED_MAP, NF4_LEVELS
 from nf4format.encode import Constants
 
@@ -27,12 +27,15 @@ class TensorError:
         num_values: values of the tensor.
         measured: how many of them were measured.
         squared_error: sum of (decoded - original)^2 over these.
+        plain_error: the same for -O0, each measured segment quantized by itself (a whole tensor has another
+            offset, which is of no account).
         squared_weight: sum of original^2 over these.
     """
 
     num_values: int
     measured: int
     squared_error: float
+    plain_error: float
     squared_weight: float
 
 
@@ -45,12 +48,14 @@ class GroupError:
         tensors: how many tensors it has.
         num_values: their values.
         relative_rms: root of mean squared error over mean squared weight.
+        plain_ratio: squared error over that of -O0.
     """
 
     group: str
     tensors: int
     num_values: int
     relative_rms: float
+    plain_ratio: float
 
 
 def sampled_segments(num_values: int) -> Iterator[tuple[int, int]]:
@@ -81,14 +86,15 @@ def measure(
         read_values: original values [start, stop) in the array type of `dtype`.
         decode: decoded values [start, stop) as float32.
     """
-    measured, squared_error, squared_weight = 0, 0.0, 0.0
+    measured, squared_error, plain_error, squared_weight = 0, 0.0, 0.0, 0.0
     for start, stop in segments:
-        original = to_float32(read_values(start, stop), dtype)
-        difference = decode(start, stop) - original
+        values = read_values(start, stop)
+        original = to_float32(values, dtype)
         measured += stop - start
-        squared_error += _sum_of_squares(difference)
+        squared_error += _sum_of_squares(decode(start, stop) - original)
+        plain_error += _sum_of_squares(to_float32(dequantize(quantize(values, dtype)), dtype) - original)
         squared_weight += _sum_of_squares(original)
-    return TensorError(num_values, measured, squared_error, squared_weight)
+    return TensorError(num_values, measured, squared_error, plain_error, squared_weight)
 
 
 def decode_segment(
@@ -126,7 +132,8 @@ def group_errors(errors: Iterable[tuple[str, TensorError]]) -> tuple[GroupError,
             group,
             len(members),
             sum(member.num_values for member in members),
-            _relative_rms(members),
+            relative_rms(members),
+            plain_ratio(members),
         )
         for group, members in tensors.items()
     )
@@ -141,10 +148,25 @@ def to_float32(values: np.ndarray, dtype: Dtype) -> np.ndarray:
     return values.astype(np.float32, copy=False)
 
 
-def _relative_rms(members: list[TensorError]) -> float:
-    error = sum(member.squared_error * (member.num_values / member.measured) for member in members)
-    weight = sum(member.squared_weight * (member.num_values / member.measured) for member in members)
-    return math.sqrt(error / weight) if weight else 0.0
+def relative_rms(members: Sequence[TensorError]) -> float:
+    """Root of squared error over squared weight; 0 for weights of zeros."""
+    weight = _total(members, "squared_weight")
+    return math.sqrt(_total(members, "squared_error") / weight) if weight else 0.0
+
+
+def plain_ratio(members: Sequence[TensorError]) -> float:
+    """Squared error over that of -O0; 1 where -O0 has none."""
+    plain = _total(members, "plain_error")
+    return _total(members, "squared_error") / plain if plain else 1.0
+
+
+def _total(members: Sequence[TensorError], field: str) -> float:
+    """Sum over all values, the measured ones standing for the others of their tensor."""
+    return sum(
+        getattr(member, field) * (member.num_values / member.measured)
+        for member in members
+        if member.measured
+    )
 
 
 def _sum_of_squares(values: np.ndarray) -> float:

@@ -26,7 +26,10 @@ class CompileSummary:
         file_bytes: size of the output.
         packed_bytes: bytes of the output that are codes and constants of packed tensors.
         measured_parameters: packed parameters whose error was measured.
+        level: optimisation level.
         groups: error by layer group, in execution order.
+        plain_ratio: squared error of all packed tensors over that of -O0.
+        negative_scales: share of their blocks whose scale is below zero.
         source_sha256: hash of the checkpoint's weights.
         seconds: wall time, fsync included, verification not.
         verified: whether the file was read back and compared.
@@ -42,7 +45,10 @@ class CompileSummary:
     file_bytes: int
     packed_bytes: int
     measured_parameters: int
+    level: int
     groups: tuple[GroupError, ...]
+    plain_ratio: float
+    negative_scales: float
     source_sha256: str
     seconds: float
     verified: bool
@@ -90,6 +96,11 @@ class CompileSummary:
                 "           " + "".join(cell.ljust(width) for cell in cells[i : i + per_line]).rstrip()
                 for i in range(0, len(cells), per_line)
             ]
+            if self.level:
+                lines.append(
+                    f"           squared error {self.plain_ratio:.3f} of -O0's "
+                    f"({self.plain_ratio - 1:+.1%}); {self.negative_scales:.0%} of the scales are negative"
+                )
         lines.append(f"  time     {self.seconds:.2f} s, {self.gb_per_second:.2f} GB/s")
         return "\n".join(lines)
 

@@ -18,21 +18,30 @@ from .emit import Emitted
 from .errors import CompileError
 from .plan import Plan
 from .policy import Decision
-from .quality import SEGMENT, TensorError, all_segments, measure, to_float32
+from .quality import TensorError, all_segments, measure, to_float32
 from .source import CHUNK_BYTES, TensorReader
 
 # Farthest that a value may be from its level, in block scales; and a scale from its code, in nested scales.
 _LEVEL_ERROR = float(np.diff(NF4_LEVELS).max()) / 2
 _SCALE_ERROR = max(float(np.diff(NESTED_MAP).max()) / 2, 1 + float(NESTED_MAP[0]))
+# Least part of a block's largest magnitude that quantize_search takes for its scale, before coding that.
+_LEAST_MULTIPLIER = 0.7
 _REMEDY = "run it again; if that repeats, memory or disk of this machine is failing"
 
 
 def verify_output(
-    checkpoint: Checkpoint, plan: Plan, emitted: dict[str, Emitted], file: AtomicFile, *, jobs: int
+    checkpoint: Checkpoint,
+    plan: Plan,
+    emitted: dict[str, Emitted],
+    file: AtomicFile,
+    *,
+    level: int,
+    jobs: int,
 ) -> dict[str, TensorError]:
     """Read everything back from the disk and compare.
 
     Args:
+        level: the optimisation level it was written with: how far from the original a value may be.
         file: sealed, not yet renamed: a file that fails never reaches its destination.
 
     Returns:
@@ -53,7 +62,7 @@ def verify_output(
                 raise CompileError(
                     file.path, f"embedded file {name} differs from the original", remedy=_REMEDY
                 )
-        verifier = _Verifier(checkpoint, emitted, packed_file)
+        verifier = _Verifier(checkpoint, emitted, packed_file, level)
         with ThreadPoolExecutor(jobs) as pool:
             try:
                 errors = dict(pool.map(verifier.check, plan.decisions))
@@ -64,8 +73,11 @@ def verify_output(
 
 
 class _Verifier:
-    def __init__(self, checkpoint: Checkpoint, emitted: dict[str, Emitted], packed_file: Nf4File) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, emitted: dict[str, Emitted], packed_file: Nf4File, level: int
+    ) -> None:
         self.cancelled = threading.Event()
+        self._allowed = allowed_difference if level == 0 else allowed_difference_searched
         self._checkpoint, self._emitted, self._packed_file = checkpoint, emitted, packed_file
 
     def check(self, decision: Decision) -> tuple[str, TensorError | None]:
@@ -100,7 +112,7 @@ class _Verifier:
         def decode(start: int, stop: int) -> np.ndarray:
             decoded = to_float32(dequantize(packed, start=start, stop=stop), reader.dtype)
             original = to_float32(reader.read_values(start, stop), reader.dtype)
-            excess = np.abs(decoded - original) - allowed_difference(packed, original, start)
+            excess = np.abs(decoded - original) - self._allowed(packed, original, start)
             worst = int(excess.argmax())
             if excess[worst] > 0:
                 raise CompileError(
@@ -129,9 +141,35 @@ def allowed_difference(packed: PackedTensor, original: np.ndarray, start: int) -
     padded = np.zeros(-(-original.size // BLOCK) * BLOCK, np.float32)
     padded[: original.size] = np.abs(original)
     scales = padded.reshape(-1, BLOCK).max(axis=1)
-    first = start // (BLOCK * NESTED_BLOCK)
-    nested = packed.nested_absmax[first : first + SEGMENT // (BLOCK * NESTED_BLOCK)]
-    scale_errors = np.repeat(nested * _SCALE_ERROR, NESTED_BLOCK)[: scales.size]
+    scale_errors = _nested_of_blocks(packed, start, scales.size) * _SCALE_ERROR
     roundings = 2**-8 * (scales + scale_errors) + 2**-22 * abs(packed.nested_offset) + 2**-24
     bound = _LEVEL_ERROR * scales + scale_errors + roundings
     return np.repeat(bound, BLOCK)[: original.size].astype(np.float32)
+
+
+def allowed_difference_searched(packed: PackedTensor, original: np.ndarray, start: int) -> np.ndarray:
+    """The same if scales were searched for.
+
+    Codes are the nearest for the scale as it is decoded: half the widest gap between levels times the scale,
+    and for values beyond the last level what they exceed it by. That is limited too, because scales are not
+    much smaller than the block's largest magnitude. Plus roundings.
+    """
+    magnitudes = np.abs(original)
+    first, num_blocks = start // BLOCK, -(-original.size // BLOCK)
+    nested = _nested_of_blocks(packed, start, num_blocks)
+    entries = packed.absmax[first : first + num_blocks]
+    scales = np.abs(packed.nested_quant_map[entries] * nested + np.float32(packed.nested_offset))
+    of_values = np.repeat(scales, BLOCK)[: original.size]
+    # A code of the scale may be the neighbour of the nearest one.
+    least = _LEAST_MULTIPLIER * magnitudes - np.repeat(nested * 3 * _SCALE_ERROR, BLOCK)[: original.size]
+    exceeding = np.clip(magnitudes - np.maximum(of_values, least), 0, None)
+    return (_LEVEL_ERROR * of_values + exceeding + 2**-8 * (of_values + magnitudes) + 2**-24).astype(
+        np.float32
+    )
+
+
+def _nested_of_blocks(packed: PackedTensor, start: int, num_blocks: int) -> np.ndarray:
+    """nested_absmax of each block from value `start`, a multiple of SEGMENT: float32 [num_blocks]."""
+    first = start // (BLOCK * NESTED_BLOCK)
+    groups = packed.nested_absmax[first : first + -(-num_blocks // NESTED_BLOCK)]
+    return np.repeat(groups, NESTED_BLOCK)[:num_blocks]

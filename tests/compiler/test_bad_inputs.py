@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from nf4format.encode import ENCODERS, Constants, encode_absmax
+from nf4format.encode import ENCODERS, Constants, encode_search
 from nf4format.errors import Nf4Error
 from qcompile.options import CompileOptions
 from qcompile.pipeline import compile_checkpoint
@@ -216,9 +216,9 @@ def test_checkpoint_written_to_while_it_is_compiled(
 ) -> None:
     def encode_and_touch(*arguments: object) -> Constants:
         os.utime(model / "model-00001-of-00002.safetensors", (1, 1))
-        return encode_absmax(*arguments)  # type: ignore[arg-type]
+        return encode_search(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setitem(ENCODERS, 0, encode_and_touch)
+    monkeypatch.setitem(ENCODERS, 1, encode_and_touch)
     with pytest.raises(Nf4Error, match="changed while it was read"):
         compile_checkpoint(model, tmp_path / "out.nf4")
     assert list(tmp_path.iterdir()) == [model]

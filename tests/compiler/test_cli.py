@@ -43,7 +43,7 @@ def _process(*arguments: object, **environment: str) -> subprocess.CompletedProc
 
 def test_help_teaches() -> None:
     text = _run("--help").output
-    for word in ("Examples:", "--dry-run", "--exclude '*.self_attn.*'", "-O0", "4.127 bits"):
+    for word in ("Examples:", "--dry-run", "--exclude '*.self_attn.*'", "-O0", "-O1", "4.127 bits"):
         assert word in text
 
 
@@ -74,7 +74,8 @@ def test_summary(model: Path, tmp_path: Path) -> None:
     text = result.output
     assert f"{tmp_path}/out.nf4: written and verified" in text
     assert "tensors  14 packed, 13 kept" in text
-    assert re.search(r"error .*measured on all of them\n +q_proj 0\.09", text)
+    assert re.search(r"error .*measured on all of them\n +q_proj 0\.08", text)
+    assert re.search(r"squared error 0\.8\d\d of -O0's \(-1\d\.\d%\); \d\d% of the scales are negative", text)
     assert re.search(r"time +\d+\.\d\d s, \d+\.\d\d GB/s", text)
     data = json.loads((tmp_path / "summary.json").read_text())
     assert data["file_bytes"] == (tmp_path / "out.nf4").stat().st_size
@@ -138,7 +139,7 @@ def slow(source, write_codes, threads, scales):
         next(iter(source.chunks()))
         os.write(1, b"encoding\\n")  # at once: several threads write
         time.sleep(0.05)
-encode.ENCODERS[0] = slow
+encode.ENCODERS[1] = slow
 cli.main()
 """
     with subprocess.Popen(

@@ -31,7 +31,7 @@ from nf4.training.train import train
 from qcompile.options import CompileOptions
 from qcompile.pipeline import compile_checkpoint
 
-BASES = {"original": CompileOptions(exclude=("*",)), "nf4": CompileOptions()}
+BASES = {"original": CompileOptions(exclude=("*",)), "nf4": CompileOptions(level=0)}
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 HELD_OUT = 0.05
 

@@ -114,7 +114,7 @@ def prepare(folder: Path, model: Path | None, shape: str, num_bytes: int) -> Non
     else:
         make_checkpoint(folder / "model", num_bytes, shape=shape)
     made = time.perf_counter()
-    compile_checkpoint(folder / "model", folder / "model.nf4", CompileOptions(force=True))
+    compile_checkpoint(folder / "model", folder / "model.nf4", CompileOptions(level=0, force=True))
     compiled = time.perf_counter()
     train_arms.make_adapter(folder / "model.nf4", folder / "adapter")
     print(

@@ -20,7 +20,11 @@ from nf4.text.tokenizer import Tokenizer
 from qcompile.options import CompileOptions
 from qcompile.pipeline import compile_checkpoint
 
-WEIGHTS = {"original": CompileOptions(exclude=("*",)), "nf4": CompileOptions()}
+WEIGHTS = {
+    "original": CompileOptions(exclude=("*",)),
+    "nf4 -O0": CompileOptions(level=0),
+    "nf4 -O1": CompileOptions(level=1),
+}
 
 
 def main() -> None:
