@@ -222,8 +222,38 @@ def test_a_finished_run_resumed_stays_as_it_is(make_model: MakeModel, options: T
     said = resume(make_model, options)
     assert f"going on from {options.checkpoints_path}/step-000012, after step 12" in said
     assert results(options) == before
-    with pytest.raises(TrainError, match="adapter: exists already; choose another name or pass --force"):
+    for path in (options.out, options.log_path, options.timing_path, options.best_path):
+        message = re.escape(f"{path}: exists already; choose another name or pass --force")
+        with pytest.raises(TrainError, match=message):
+            train(make_model(), ByteTokenizer(), options)
+        path.rename(path.with_name(f"{path.name} before"))
+    with pytest.raises(TrainError, match="checkpoints: exists already; go on with --resume, choose another"):
         train(make_model(), ByteTokenizer(), options)
+
+
+@pytest.mark.parametrize(
+    ("config", "changes"),
+    [
+        (LoraConfig(rank=4, alpha=8, dora=True, modules_to_save=("lm_head", "norm")), {}),
+        (LoraConfig(rank=4, alpha=8, init="pissa", dtype="bfloat16"), {}),
+        (
+            LoraConfig(rank=4, alpha=8, init="olora", bias="all", lora_bias=True, dropout=0.2),
+            {"packing": "best-fit"},
+        ),
+        (LoraConfig(rank=128, alpha=8), {"state_bits": 8, "weight_decay": 0.1, "group_by_length": True}),
+    ],
+)
+def test_every_kind_of_adapter_and_state_goes_on(
+    config: LoraConfig, changes: dict[str, Any], make_model: MakeModel, options: TrainOptions,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    options = changed(options, lora=config, page_budget=None, **changes)
+    whole = changed(options, out=options.out.with_name("whole"))
+    train(make_model(), ByteTokenizer(), whole)
+    stopped_after(7, make_model, options, monkeypatch)
+    monkeypatch.undo()
+    resume(make_model, options)
+    assert results(options) == results(whole)
 
 
 def test_only_the_newest_checkpoints_stay(make_model: MakeModel, options: TrainOptions) -> None:

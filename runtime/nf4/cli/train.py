@@ -49,7 +49,9 @@ class _TrainCommand(click.Command):
                 record = records[option.key]
                 assert record is not None
                 default = defaults.get(option.key)
-                told = "[default: " in option.help or default in (None, (), [], False)
+                told = (
+                    "[default: " in option.help or default is None or default is False or default in ((), [])
+                )
                 text = record[1] if told else f"{record[1]}  [default: {_shown(default)}]"
                 rows.append((record[0], text + (" Repeatable." if option.repeats else "")))
             with formatter.section(section):

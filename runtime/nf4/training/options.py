@@ -176,7 +176,8 @@ def _check_outputs(options: TrainOptions) -> None:
         if not os.access(parent, os.W_OK):
             raise TrainError(path, f"{parent} is not writable", remedy="choose another place")
     if options.resume is None and not options.force:
-        for path in (options.out, options.log_path, options.checkpoints_path):
+        outputs = (options.out, options.log_path, options.timing_path, options.best_path)
+        for path in (*outputs, options.checkpoints_path):
             if os.path.lexists(path):
                 remedy = "choose another name or pass --force"
                 if path == options.checkpoints_path:
