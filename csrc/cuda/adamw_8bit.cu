@@ -12,8 +12,8 @@
 // A warp takes a block of 256 elements, a lane 8 consecutive ones: 16-byte accesses to parameters and
 // gradients, 8-byte ones to codes. The block's absmax is a maximum over the warp, the same in any order.
 // Levels and borders lie in shared memory, borders as a search tree, so that the first five of eight steps
-// meet no two addresses in one bank. Bytes moved an element with fp32 parameters: 14 read, 6 written, and 16
-// a block.
+// meet no two addresses in one bank. Bytes moved an element with fp32 parameters: 10 read, 6 written; 16
+// more a block.
 //
 // A parameter's last block may be cut short: what is behind its end counts as 0 and is not written.
 #include "adamw.cuh"

@@ -1,13 +1,17 @@
-"""AdamW on a GPU: resident beside torch's fused one, paged beside the limit of the link to the host.
+"""AdamW on a GPU: resident beside torch's fused one, with 8-bit states beside bitsandbytes, paged beside the
+limit of the link to the host.
 
     python tools/bench/gpu_optimizer.py --results tools/bench/results
 
-writes gpu_optimizer.json, gpu_paging.json and gpu_memory_limit.json there.
+writes gpu_optimizer.json, gpu_optimizer_8bit.json, gpu_paging.json and gpu_memory_limit.json there.
 
 Parameters have the shapes of LoRA adapters of Llama-3.1-8B on all linear layers, 448 tensors. Times of steps:
 "back to back" is the mean over many calls without a pause between them, medians of several rounds, host and
 GPU together; "GPU alone" the same calls replayed as a CUDA graph; "from idle" one call on an idle GPU until
 it has ended. torch's optimizer steps with gradients that stay in place, as ours.
+
+8-bit states: bitsandbytes' AdamW8bit and PagedAdamW8bit take the same steps; what they keep as state is read
+from their tensors. Their steps are not captured in graphs.
 
 Evicted: a pool of a few pages, so that each step moves almost all state to the GPU and back. Both directions
 can move at once, so the least time is the larger of bytes in and bytes out over what pinned copies in that
@@ -178,12 +182,49 @@ def measure_resident(rank: int, copy: float) -> list[Row]:
     return rows
 
 
-def measure_paged(rank: int, page_mib: float, pool_pages: int, rates: tuple[float, float, float]) -> Row:
+def measure_8bit(rank: int, copy: float) -> list[Row]:
+    """Steps over resident states; bitsandbytes' rows only where it is installed."""
+    params = lora_parameters(rank)
+    count = sum(p.numel() for p in params)
+    rows: list[Row] = []
+
+    def add(name: str, step: Callable[[], object], state_bytes: int, least: float | None) -> None:
+        alone = gpu_alone(step) if least else None
+        times = [back_to_back(step), alone, from_idle(step)]
+        share = least / alone if least and alone else None
+        rows.append([f"{count / 1e6:,.0f} M: {name}", *times, share, state_bytes / 1e6])
+
+    for bits, element_bytes in ((32, 28.0), (8, 16 + 16 / 256)):
+        ours = PagedAdamW(params, lr=1e-4, state_bits=bits)
+        least = element_bytes * count / copy * 1e3
+        add(f"ours, {bits} bits", ours.step, ours.pager.capacity_bytes, least)
+        ours.close()
+    try:
+        from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
+    except ImportError:
+        print("bitsandbytes is not installed: its rows are left out", flush=True)
+        return rows
+    for kind in (AdamW8bit, PagedAdamW8bit):
+        theirs = kind(params, lr=1e-4, weight_decay=1e-2)
+        theirs.step()
+        torch.cuda.synchronize()
+        values = [value for state in theirs.state.values() for value in state.values()]
+        # By address, because all parameters share the maps.
+        kept = {value.data_ptr(): value.nbytes for value in values if isinstance(value, torch.Tensor)}
+        add(f"bitsandbytes {kind.__name__}", theirs.step, sum(kept.values()), None)
+    return rows
+
+
+def measure_paged(
+    rank: int, page_mib: float, pool_pages: int, rates: tuple[float, float, float], state_bits: int = 32
+) -> Row:
     params = lora_parameters(rank)
     count = sum(p.numel() for p in params)
     page_bytes = int(page_mib * MIB)
     began = time.perf_counter()
-    optimizer = PagedAdamW(params, lr=1e-4, page_bytes=page_bytes, budget_bytes=pool_pages * page_bytes)
+    optimizer = PagedAdamW(
+        params, lr=1e-4, state_bits=state_bits, page_bytes=page_bytes, budget_bytes=pool_pages * page_bytes
+    )
     made = time.perf_counter() - began
     for _ in range(2):
         optimizer.step()
@@ -203,7 +244,8 @@ def measure_paged(rank: int, page_mib: float, pool_pages: int, rates: tuple[floa
     host = time.perf_counter() - host_began
     torch.cuda.synchronize()
     optimizer.close()
-    name = f"{count / 1e6:,.0f} M: pages of {page_mib:g} MiB, pool of {pool_pages}"
+    bits = "" if state_bits == 32 else f", {state_bits} bits"
+    name = f"{count / 1e6:,.0f} M{bits}: pages of {page_mib:g} MiB, pool of {pool_pages}"
     stall = moved["stall_seconds"] * 1e3
     print(
         f"{name}: pinned in {made:.2f} s, host {host * 1e3:.2f} ms a step, stall {stall:.2f} ms", flush=True
@@ -291,8 +333,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--results", type=Path, help="directory for the tables")
     parser.add_argument(
-        "--parts", nargs="+", default=["resident", "paged", "limit"], choices=["resident", "paged", "limit"]
-    )
+        "--parts", nargs="+", default=["resident", "8bit", "paged", "limit"],
+        choices=["resident", "8bit", "paged", "limit"],
+    )  # fmt: skip
     arguments = parser.parse_args()
     copy, rates = copy_limit(), link_limits()
     torch.cuda.empty_cache()  # or what stays for good settles in the middle of a large free block
@@ -316,13 +359,27 @@ def main() -> None:
             [limits, "Limit of a step: 28 bytes a parameter; of the norm: 4."],
         )
         finish("gpu_optimizer", report)
+    if "8bit" in arguments.parts:
+        report = Report(
+            "AdamW with 8-bit states on a GPU, all resident: LoRA of rank 16 and 64 on Llama-3.1-8B",
+            ["work", "back to back ms", "GPU alone ms", "from idle ms", "of the copy limit", "state MB"],
+            measure_8bit(16, copy) + measure_8bit(64, copy),
+            machine("torch", "bitsandbytes", gpu=True),
+            [
+                limits,
+                "Of the copy limit: GPU alone, over 28 bytes a parameter with 32-bit states, 16.06 with 8-bit"
+                " ones.",
+            ],
+        )
+        finish("gpu_optimizer_8bit", report)
     if "paged" in arguments.parts:
         cases = [(16, mib, POOL_PAGES) for mib in (2, 4, 8)]
         cases += [(16, 8, 4), (16, 8, 16), (64, 8, 4), (64, 8, POOL_PAGES), (64, 8, 80)]
         report = Report(
             "AdamW on a GPU, state evicted in each step",
             ["parameters, pages", "ms a step", "MB in", "MB out", "of the limit", "of both at once"],
-            [measure_paged(*case, rates) for case in cases],
+            [measure_paged(*case, rates) for case in cases]
+            + [measure_paged(*case, rates, state_bits=8) for case in ((16, 8, 4), (64, 8, POOL_PAGES))],
             facts,
             [
                 limits,
