@@ -12,6 +12,7 @@ import pytest
 from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
 
+from nf4.cli.train import command
 from nf4.data.options import DataOptions
 from nf4.data.plan import Batches, BatchOptions
 from nf4.data.preview import run_table, shown_example
@@ -92,6 +93,13 @@ def runs(shown: str) -> list[tuple[str, str]]:
         (mark, " ".join(tokens for _, tokens in lines))
         for mark, lines in itertools.groupby(marked, key=lambda pair: pair[0])
     ]
+
+
+def test_options_of_the_page_exist() -> None:
+    known = {name for option in command.params for name in (*option.opts, *option.secondary_opts)}
+    named = set(re.findall(r"--[a-z][a-z-]+", PAGE))
+    assert len(named) > 10
+    assert named <= known
 
 
 def test_the_table_is_that_of_its_file(files: Path, tokenizer: Tokenizer) -> None:
