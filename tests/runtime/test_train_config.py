@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,20 @@ def test_bad_files_are_told(name: str, content: str, message: str, tmp_path: Pat
     with pytest.raises(TrainError, match=message) as caught:
         read_config(tmp_path / name)
     assert "\n" not in str(caught.value)
+
+
+def test_pages_name_options_that_exist_and_their_file_is_read(tmp_path: Path) -> None:
+    known = {f"--{option.name}" for option in OPTIONS.values()}
+    known |= {f"--no-{option.name}" for option in OPTIONS.values() if option.kind is None}
+    pages = {path.name: path.read_text() for path in (Path(__file__).parents[2] / "docs").glob("*.md")}
+    for name, text in pages.items():
+        assert set(re.findall(r"`[^`\n]*?(--[a-z][a-z-]*)", text)) <= known, name
+    example = re.search(r"```toml\n(.*?)```", pages["training.md"], re.DOTALL)
+    assert example
+    (tmp_path / "run.toml").write_text(example[1])
+    values = read_config(tmp_path / "run.toml")
+    assert values.pop("model") == Path("model.nf4")
+    assert train_options(values).lora.ranks == {"mlp.*": 8}
 
 
 def test_missing_packages_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
