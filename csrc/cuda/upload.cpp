@@ -112,7 +112,7 @@ class PinnedRing final : public Destination {
     }
   }
 
-  int lend(uint8_t** memory) override {
+  int lend(int64_t, uint8_t** memory) override {
     *memory = slots_ + slot_ * piece_bytes_;
     if (code_ != cudaSuccess) return code_;
     // Neither spinning, which takes a core from those that read, nor an event that blocks, which costs an

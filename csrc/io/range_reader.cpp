@@ -101,7 +101,7 @@ bool RangeReader::read_range(int64_t index, Destination& destination) {
     if (stopped_.load(std::memory_order_relaxed)) return false;
     const int64_t size = std::min(job_.piece_bytes, range.end - offset);
     uint8_t* memory = nullptr;
-    if (const int code = destination.lend(&memory)) return fail(Trouble::kDestination, index, code);
+    if (const int code = destination.lend(offset, &memory)) return fail(Trouble::kDestination, index, code);
     if (!read_piece(index, offset, size, memory, &announced)) return false;
     // Handed on first: it may travel while it is hashed, and what turns out damaged is never used.
     if (const int code = destination.take(offset, size)) return fail(Trouble::kDestination, index, code);

@@ -22,9 +22,9 @@ struct Range {
 class Destination {
  public:
   virtual ~Destination() = default;
-  virtual int lend(uint8_t** memory) = 0;              // room for the next piece
-  virtual int take(int64_t offset, int64_t size) = 0;  // that piece is there; it lies at `offset` of the file
-  virtual int finish() = 0;                            // there are no more pieces: be done with all of them
+  virtual int lend(int64_t offset, uint8_t** memory) = 0;  // room for the piece at `offset` of the file
+  virtual int take(int64_t offset, int64_t size) = 0;      // that piece is there
+  virtual int finish() = 0;  // there are no more pieces: be done with all of them
 };
 
 enum class Trouble { kNone, kDamaged, kEnded, kSystem, kDestination };

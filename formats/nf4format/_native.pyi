@@ -97,5 +97,15 @@ def hash_ranges(
     sums are then of no use. Signal handlers run while it waits; what they or `progress` raise ends it.
     """
 
+def read_chunks(
+    fd: int, begin: int, end: int, chunk_bytes: int, sums: bytes, memory: int, threads: int
+) -> tuple[str, int, int] | None:
+    """The bytes [begin, end) of the file into memory, in chunks, each compared with its XXH3-64 in `sums`
+    (u64, little endian); not compared where `sums` is empty.
+
+    Returns None, or what went wrong first: ("damaged", index of the chunk, 0), or as `hash_ranges`. Signal
+    handlers run while it waits.
+    """
+
 def xxh3(data: bytes | bytearray | memoryview, piece_bytes: int) -> int:
     """XXH3-64 with seed 0 of contiguous bytes, taken in pieces of that size: a multiple of 1024."""

@@ -13,16 +13,19 @@ from typing import Any, Final
 
 import numpy as np
 
+from . import _native
 from .atomic import AtomicFile
-from .blocks import PackedTensor
+from .blocks import PackedTensor, empty
 from .embedded import FILE_PREFIX
 from .errors import FormatError
-from .files import open_regular, pread_exactly, pread_into
+from .files import open_regular, pread_exactly, pread_into, read_failure
 from .header import MAX_HEADER_BYTES, Header, TensorEntry, read_header
 from .layout import Layout
 from .profile import Profile, check_metadata, check_profile
 from .region import DataRegion
 from .sums import (
+    CHUNK_BYTES,
+    REMEDY,
     SUMS_NAME,
     Damage,
     Progress,
@@ -30,6 +33,7 @@ from .sums import (
     check_sums,
     chunk_sums,
     compute_sums,
+    damage_in,
     read_sums,
 )
 
@@ -60,7 +64,7 @@ class Nf4File:
         self._sums = read_sums(fd, self.header, path)
         damage = check_header_sum(fd, self.header, self._sums, path)
         if damage:
-            raise FormatError(path, str(damage), remedy="fetch the file again or compile it again")
+            raise FormatError(path, str(damage), remedy=REMEDY)
         self._profile: Profile = check_profile(fd, self.header, path, allow_maps=allow_maps)
         self.metadata = self.header.metadata
         self.config: dict[str, Any] = self._profile.config
@@ -68,7 +72,8 @@ class Nf4File:
         self.kept_names = self._profile.kept
         self.file_names = self._profile.files
         self.aliases = self._profile.aliases
-        self._map: np.ndarray | None = _map_file(fd, self.header.file_bytes, path) if mmap else None
+        self._memory: np.ndarray | None = _map_file(fd, self.header.file_bytes, path) if mmap else None
+        self._memory_begin = 0  # the byte of the file that the memory begins with
         self._fd = fd  # owned from here on
 
     @classmethod
@@ -83,8 +88,9 @@ class Nf4File:
         """Open and check a file.
 
         Args:
-            mmap: map the file and give views of it; otherwise each access reads (slower, but a file that is
-                cut short while in use is then an exception, where a mapping kills the process).
+            mmap: map the file and give views of it; otherwise each access reads, or `read_weights` at once
+                (slower, but a file that is cut short while in use is then an exception, where a mapping
+                kills the process).
             allow_maps: accept level tables other than NF4's and the standard nested map.
             max_header_bytes: refuse longer headers.
 
@@ -162,6 +168,44 @@ class Nf4File:
             chunk_sums(self._sums),
         )
 
+    def read_weights(self, *, check: bool = True, threads: int | None = None) -> None:
+        """Read the data region into memory, once; from then on arrays are views of that.
+
+        Unlike a mapping it needs the memory and the time, and then the file no more: one that is cut short
+        or written to meanwhile is an error here, and cannot hurt later.
+
+        Args:
+            check: compare the bytes with their sums, as they are read.
+            threads: readers; None means one per CPU, at most 8.
+
+        Raises:
+            FormatError: bytes that differ from their sum; the file has become shorter, or cannot be read; too
+                little memory.
+        """
+        region = self.region
+        try:
+            memory = empty(region.end - region.begin, np.uint8)
+        except MemoryError:
+            needed = f"{region.end - region.begin:,} bytes"
+            remedy = "open it with mmap=True, which needs none"
+            raise FormatError(self.path, "too little memory", expected=needed, remedy=remedy) from None
+        failure = _native.read_chunks(
+            self._descriptor(),
+            region.begin,
+            region.end,
+            CHUNK_BYTES,
+            region.sums if check else b"",
+            memory.ctypes.data,
+            threads or min(8, os.cpu_count() or 1),
+        )
+        if failure is not None:
+            what, index, code = failure
+            span = region.chunk(max(index, 0))
+            if what == "damaged":
+                raise FormatError(self.path, str(damage_in(self.header, *span)), remedy=REMEDY)
+            raise read_failure(self.path, what, span, code)
+        self._memory, self._memory_begin = memory, region.begin
+
     def fileno(self) -> int:
         """The descriptor, for readers of their own; it is closed with this."""
         return self._descriptor()
@@ -194,11 +238,11 @@ class Nf4File:
         return list(found)
 
     def close(self) -> None:
-        """Give up the descriptor and the mapping. Arrays handed out stay valid: they hold the mapping."""
+        """Give up the descriptor and the mapping. Arrays handed out stay valid: they hold their memory."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-        self._map = None
+        self._memory = None
 
     def __enter__(self) -> Nf4File:
         return self
@@ -222,8 +266,8 @@ class Nf4File:
 
     def _bytes(self, entry: TensorEntry) -> np.ndarray:
         fd = self._descriptor()
-        if self._map is not None:
-            return self._map[entry.begin : entry.end]
+        if self._memory is not None:
+            return self._memory[entry.begin - self._memory_begin : entry.end - self._memory_begin]
         data = np.empty(entry.end - entry.begin, np.uint8)
         pread_into(fd, data.data, entry.begin, self.path)
         return data

@@ -34,7 +34,7 @@ from .header import TensorEntry
 SUMS_NAME: Final = "__nf4__.sums"
 MAGIC: Final = b"NF4SUMS1"
 CHUNK_BYTES: Final = 4 << 20  # large enough for full speed, small enough to name the damage
-_REMEDY: Final = "fetch the file again or compile it again"
+REMEDY: Final = "fetch the file again or compile it again"
 _FIXED: Final = struct.Struct("<8s5Q")
 _SUM: Final = struct.Struct("<Q")
 
@@ -139,24 +139,24 @@ def read_sums(fd: int, layout: HasEntries, name: str | os.PathLike[str]) -> byte
     tensor = next(reversed(layout.entries), "")
     if tensor != SUMS_NAME:
         problem = "the last tensor is not the table of sums"
-        raise FormatError(name, problem, expected=SUMS_NAME, got=ascii(tensor)[:120], remedy=_REMEDY)
+        raise FormatError(name, problem, expected=SUMS_NAME, got=ascii(tensor)[:120], remedy=REMEDY)
     begin = _sums_begin(layout)
     chunks, files = _ranges(layout, begin)
     expected = sums_bytes(begin - layout.data_start, len(files))
     if layout.file_bytes - begin != expected:
         problem = "the table of sums has a wrong size"
         raise FormatError(
-            name, problem, tensor=tensor, expected=expected, got=layout.file_bytes - begin, remedy=_REMEDY
+            name, problem, tensor=tensor, expected=expected, got=layout.file_bytes - begin, remedy=REMEDY
         )
     table = pread_exactly(fd, expected, begin, name)
     fields = _FIXED.unpack_from(table)
     counts = (MAGIC, CHUNK_BYTES, begin - layout.data_start, len(chunks), len(files))
     if fields[0] != MAGIC or xxh3(table[: -_SUM.size]) != _SUM.unpack(table[-_SUM.size :])[0]:
         damage = Damage("sums", (tensor,), begin, layout.file_bytes)
-        raise FormatError(name, str(damage), remedy=_REMEDY)
+        raise FormatError(name, str(damage), remedy=REMEDY)
     if fields[:5] != counts:
         problem = "the table of sums belongs to another file"
-        raise FormatError(name, problem, tensor=tensor, expected=counts[1:], got=fields[1:5], remedy=_REMEDY)
+        raise FormatError(name, problem, tensor=tensor, expected=counts[1:], got=fields[1:5], remedy=REMEDY)
     return table
 
 
@@ -201,6 +201,11 @@ def check_header_sum(
     if xxh3(pread_exactly(fd, layout.data_start, 0, name)) == stored:
         return None
     return Damage("header", (), 0, layout.data_start)
+
+
+def damage_in(layout: HasEntries, begin: int, end: int) -> Damage:
+    """Damage of the data between two offsets, with the tensors that lie there."""
+    return Damage("data", tuple(_Overlaps(layout.entries).between(begin, end)), begin, end)
 
 
 def check_sums(

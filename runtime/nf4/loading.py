@@ -47,7 +47,7 @@ def load(
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype | None = None,
     adapter: str | os.PathLike[str] | None = None,
-    verify: bool = False,
+    verify: bool | None = None,
     mmap: bool = True,
 ) -> CausalLM:
     """Map a packed file and build its model, frozen and in evaluation mode.
@@ -58,10 +58,12 @@ def load(
         dtype: of activations and results: torch.float32, torch.bfloat16, torch.float16 or their names. None
             takes the checkpoint's.
         adapter: a PEFT adapter directory to put on the model.
-        verify: check every byte against its sum first; this reads the whole file. What goes to a GPU is
-            checked in any case.
-        mmap: False reads the weights into memory instead, for file systems on which a mapped file may be cut
-            short while it is in use.
+        verify: compare the bytes with their sums. None does so wherever they are read anyway: for a GPU, and
+            with mmap=False. True reads a file that will be mapped, too; False compares nowhere.
+        mmap: False reads the weights into memory, for a CPU. A mapping takes no time and no memory of its
+            own, but a file that is cut short while mapped (on a network file system, or by whoever writes to
+            it) ends the process with a bus error, which no program can catch; one that is read gives a
+            FormatError. For a GPU the file is read in any case.
 
     Returns:
         The model; `model.source` is the open file, whose embedded files hold the tokenizer.
@@ -78,13 +80,18 @@ def load(
         if target.type == "cuda":
             from .upload import Slab
 
-            slab = reading.enter_context(Slab.at_a_glance(path, target) or nullcontext())
-        file = Nf4File.open(path, mmap=mmap)
+            glanced = Slab.at_a_glance(path, target, check=verify is not False)
+            slab = reading.enter_context(glanced or nullcontext())
+        # On the way to a GPU nothing touches the mapping: it stands for the shapes of what comes.
+        file = Nf4File.open(path, mmap=mmap or target.type == "cuda")
         try:
             if target.type == "cuda" and (slab is None or slab.region != file.region):
                 reading.close()
-                slab = reading.enter_context(Slab(path, file.fileno(), file.region, target))
-            if verify:
+                new = Slab(path, file.fileno(), file.region, target, check=verify is not False)
+                slab = reading.enter_context(new)
+            if target.type == "cpu" and not mmap:
+                file.read_weights(check=verify is not False, threads=torch.get_num_threads())
+            elif verify:
                 _refuse_damage(file)
             model = _build(file, dtype, slab)
             if adapter is not None:
@@ -115,7 +122,8 @@ def _build(file: Nf4File, dtype: str | torch.dtype | None, slab: Slab | None) ->
     config = ModelConfig.from_dict(file.config, f"{file.path}: config.json")
     with torch.device("meta"), _Unfilled():
         model = CausalLM(config)
-    places = _place_weights(model, Weights(file), _compute_dtype(file.path, dtype or config.dtype))
+    compute_dtype = _compute_dtype(file.path, dtype or config.dtype)
+    places = _place_weights(model, Weights(file), compute_dtype, convert=slab is None)
     model.source = file
     if slab is not None:
         _look_at_slab(places, slab, file)
@@ -166,19 +174,23 @@ class _Unfilled(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _place_weights(model: CausalLM, weights: Weights, dtype: torch.dtype) -> list[_Place]:
-    """Replace each layer of a model on the meta device by one over the file's tensors of its name."""
+def _place_weights(model: CausalLM, weights: Weights, dtype: torch.dtype, *, convert: bool) -> list[_Place]:
+    """Replace each layer of a model on the meta device by one over the file's tensors of its name.
+
+    Args:
+        convert: norms and biases to the dtype; otherwise room for them, for what comes from elsewhere.
+    """
     places: list[_Place] = []
     for path, module in list(model.named_modules()):
         name = f"{path}.weight"
         if model.config.tie_word_embeddings and name in _TIED and not weights.has(name):
             name = _TIED[name]
         if isinstance(module, RMSNorm):
-            value = weights.kept(name, tuple(module.weight.shape)).to(dtype)
+            value = _small(weights, name, tuple(module.weight.shape), dtype, convert)
             module.weight = nn.Parameter(value, requires_grad=False)
             places.append(_Place(module, "weight", weights.stored_name(name)))
         elif isinstance(module, (nn.Linear, nn.Embedding)):
-            layer = _layer_over(module, path, name, weights, dtype)
+            layer = _layer_over(module, path, name, weights, dtype, convert=convert)
             parent, _, leaf = path.rpartition(".")
             setattr(model.get_submodule(parent), leaf, layer)
             stored = weights.stored_name(name)
@@ -198,7 +210,13 @@ def _place_weights(model: CausalLM, weights: Weights, dtype: torch.dtype) -> lis
 
 
 def _layer_over(
-    module: nn.Linear | nn.Embedding, path: str, name: str, weights: Weights, dtype: torch.dtype
+    module: nn.Linear | nn.Embedding,
+    path: str,
+    name: str,
+    weights: Weights,
+    dtype: torch.dtype,
+    *,
+    convert: bool,
 ) -> nn.Module:
     """The layer for one on the meta device, over the file's tensors: packed or kept, as they are there."""
     shape = tuple(module.weight.shape)
@@ -208,10 +226,16 @@ def _layer_over(
         return KeptEmbedding(weights.kept(name, shape))
     bias = None
     if module.bias is not None:
-        bias = weights.kept(f"{path}.bias", (shape[0],)).to(dtype)
+        bias = _small(weights, f"{path}.bias", (shape[0],), dtype, convert)
     if weights.is_packed(name):
         return NF4Linear(weights.packed(name, shape), bias)
     return KeptLinear(weights.kept(name, shape), bias)
+
+
+def _small(weights: Weights, name: str, shape: tuple[int, ...], dtype: torch.dtype, convert: bool) -> Tensor:
+    """A norm's weight or a bias, converted; or as much room, the file untouched."""
+    stored = weights.kept(name, shape)
+    return stored.to(dtype) if convert else torch.empty(shape, dtype=dtype)
 
 
 def _compute_dtype(path: str | os.PathLike[str], dtype: str | torch.dtype) -> torch.dtype:

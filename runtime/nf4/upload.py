@@ -41,7 +41,7 @@ class Slab:
         region: where its weights lie, and the sums of its chunks.
         device: a GPU.
         readers: threads; None takes one a CPU, at most MOST_READERS.
-        check: compare with the sums; False is for measuring what that costs.
+        check: compare with the sums.
 
     Attributes:
         region: as given.
@@ -82,7 +82,9 @@ class Slab:
             )
 
     @classmethod
-    def at_a_glance(cls, path: str | os.PathLike[str], device: torch.device) -> Slab | None:
+    def at_a_glance(
+        cls, path: str | os.PathLike[str], device: torch.device, *, check: bool = True
+    ) -> Slab | None:
         """A slab that reads before the file's header is parsed; None where a glance does not suffice.
 
         It may be used only if the open file's region is the same.
@@ -94,7 +96,7 @@ class Slab:
         fd = open_regular(path)
         try:
             region = glance(fd)
-            return None if region is None else cls(path, fd, region, device)
+            return None if region is None else cls(path, fd, region, device, check=check)
         finally:
             os.close(fd)
 

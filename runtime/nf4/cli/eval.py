@@ -39,6 +39,11 @@ Examples:
     help="What stands between documents; empty: the text is one.  [default: a line <|doc|>]",
 )
 @click.option("--device", default="auto", help="cpu, cuda, cuda:1; auto: a GPU where one can be used.")
+@click.option(
+    "--no-mmap",
+    is_flag=True,
+    help="Read FILE into memory instead of mapping it: for network file systems. Its sums are checked.",
+)
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: torch's choice]")
 @click.option(
     "--json", "json_path", metavar="PATH", help="Write the result as JSON too; '-': to stdout, alone."
@@ -53,6 +58,7 @@ def command(
     device: str,
     limit: int | None,
     separator: str | None,
+    no_mmap: bool,
     threads: int | None,
     json_path: str | None,
 ) -> None:
@@ -79,7 +85,7 @@ def command(
         got = f"byte {error.object[error.start]:#04x} at offset {error.start}"
         raise LoadError(text, "not a text", expected="UTF-8", got=got) from error
     started = time.perf_counter()
-    model = load(file, device=device, dtype=dtype, adapter=adapter)
+    model = load(file, device=device, dtype=dtype, adapter=adapter, mmap=not no_mmap)
     assert model.source is not None
     context = model.config.max_position_embeddings
     window = min(512, context) if window is None else window

@@ -32,6 +32,11 @@ Examples:
     help="Arithmetic and activations.  [default: the checkpoint's]",
 )
 @click.option("--device", default="auto", help="cpu, cuda, cuda:1; auto: a GPU where one can be used.")
+@click.option(
+    "--no-mmap",
+    is_flag=True,
+    help="Read FILE into memory instead of mapping it: for network file systems. Its sums are checked.",
+)
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: torch's choice]")
 def command(
     *,
@@ -45,6 +50,7 @@ def command(
     adapter: Path | None,
     dtype: str | None,
     device: str,
+    no_mmap: bool,
     threads: int | None,
 ) -> None:
     """Continue a prompt with the model FILE; the new text goes to standard output as it is made.
@@ -62,7 +68,7 @@ def command(
     if threads:
         torch.set_num_threads(threads)
     sampling = Sampling(temperature, top_k, top_p, seed)
-    model = load(file, device=device, dtype=dtype, adapter=adapter)
+    model = load(file, device=device, dtype=dtype, adapter=adapter, mmap=not no_mmap)
     assert model.source is not None
     tokenizer = Tokenizer.from_file(model.source)
     pieces = stream_text(model, tokenizer, prompt, max_new_tokens=max_new_tokens, sampling=sampling)
