@@ -5,14 +5,13 @@ All sizes are known here, before the first weight is read.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import nf4format
-from nf4format.checkpoint import Checkpoint, SourceTensor
+from nf4format.checkpoint import Checkpoint
 from nf4format.container import config_sha256
 from nf4format.dtypes import DTYPE_OF_SAFETENSORS
 from nf4format.embedded import CONFIG_FILE
@@ -77,20 +76,9 @@ def make_plan(checkpoint: Checkpoint, options: CompileOptions) -> Plan:
             _metadata(checkpoint, options, aliases),
         )
     except FormatError as error:  # a name that the format reserves, for one
-        raise CompileError(model, f"does not fit the format: {error}") from error
+        told = str(error).removesuffix(f"; {error.remedy}")
+        raise CompileError(model, f"does not fit the format: {told}", remedy=error.remedy) from error
     return Plan(tuple(decisions), aliases, layout)
-
-
-def source_hash(tensors: Iterable[SourceTensor], sha256_of: dict[str, str]) -> str:
-    """SHA-256 over one line a tensor: JSON of name, dtype, shape, SHA-256 of its bytes; sorted by name.
-
-    It depends on the weights alone, not on how many files they are spread over.
-    """
-    manifest = hashlib.sha256()
-    for tensor in sorted(tensors, key=lambda tensor: tensor.name):
-        line = json.dumps([tensor.name, tensor.dtype, list(tensor.shape), sha256_of[tensor.name]])
-        manifest.update(line.encode("ascii") + b"\n")
-    return manifest.hexdigest()
 
 
 def _metadata(checkpoint: Checkpoint, options: CompileOptions, aliases: dict[str, str]) -> dict[str, str]:
