@@ -20,14 +20,14 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from nf4format.atomic import AtomicFile
-from nf4format.checkpoint import Checkpoint
+from nf4format.checkpoint import Checkpoint, source_hash
 from nf4format.container import seal
 from nf4format.encode import ENCODERS
 
 from .emit import Emitted, Progress, emit_files, emit_tensors
 from .errors import CompileError
 from .options import CompileOptions
-from .plan import SOURCE_HASH_KEY, Plan, make_plan, source_hash
+from .plan import SOURCE_HASH_KEY, Plan, make_plan
 from .quality import TensorError, group_errors, plain_ratio
 from .roles import group_of
 from .summary import CompileSummary, stored_bytes
@@ -92,11 +92,16 @@ def plan_checkpoint(model_dir: str | os.PathLike[str], options: CompileOptions |
 
 def _check_output(out: Path, checkpoint: Checkpoint, options: CompileOptions) -> None:
     """Refuse outputs that would cost the user a file; the rest is checked where the file is made."""
-    if out.is_dir():
+    try:
+        is_directory, is_there = out.is_dir(), out.exists()
+    except OSError as error:  # a name that is too long, for one
+        problem = f"cannot be written: {(error.strerror or str(error)).lower()}"
+        raise CompileError(out, problem, remedy="choose another place or a shorter name") from error
+    if is_directory:
         raise CompileError(
             out, "is a directory", expected="the name of a file", remedy="give a name such as out.nf4"
         )
-    if not out.exists():
+    if not is_there:
         return
     inputs: Iterable[Path] = [
         *checkpoint.path.iterdir(),

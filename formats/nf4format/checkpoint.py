@@ -5,9 +5,11 @@ Names found inside files are never followed out of the directory; nothing is unp
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,7 @@ INDEX_FILE: Final = "model.safetensors.index.json"
 MAX_INDEX_BYTES: Final = 64 << 20  # 200,000 tensors with long names
 MAX_SHARDS: Final = 1000
 
+_REDOWNLOAD: Final = "download it again"
 _UNSAFE_SUFFIXES: Final = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _SHARD_NAME: Final = re.compile(r"[^/\\\x00-\x1f\x7f]{1,243}\.safetensors")
 _NUMBERED: Final = re.compile(r"(.*)-\d{5}-of-(\d{5})\.safetensors")
@@ -155,7 +158,11 @@ class Checkpoint:
         if len(shards) > MAX_SHARDS:
             problem = "too many shards"
             raise FormatError(
-                self.path / INDEX_FILE, problem, expected=f"at most {MAX_SHARDS}", got=len(shards)
+                self.path / INDEX_FILE,
+                problem,
+                expected=f"at most {MAX_SHARDS}",
+                got=len(shards),
+                remedy=_REDOWNLOAD,
             )
         for shard in shards:
             self._open_shard(shard, weight_map)
@@ -178,13 +185,11 @@ class Checkpoint:
         weight_map = index.get("weight_map")
         path = self.path / INDEX_FILE
         if not isinstance(weight_map, dict) or not weight_map:
-            raise FormatError(
-                path, "weight_map", expected="a non-empty object", got=type(weight_map).__name__
-            )
+            got = type(weight_map).__name__
+            raise FormatError(path, "weight_map", expected="a non-empty object", got=got, remedy=_REDOWNLOAD)
         if len(weight_map) > MAX_TENSORS:
-            raise FormatError(
-                path, "weight_map", expected=f"at most {MAX_TENSORS} tensors", got=len(weight_map)
-            )
+            expected, remedy = f"at most {MAX_TENSORS} tensors", "fuse the experts of a layer into one tensor"
+            raise FormatError(path, "weight_map", expected=expected, got=len(weight_map), remedy=remedy)
         for tensor, shard in weight_map.items():
             if not isinstance(shard, str) or not _SHARD_NAME.fullmatch(shard):
                 raise FormatError(
@@ -197,7 +202,7 @@ class Checkpoint:
                 )
             if not valid_name(tensor):
                 problem = f"not a tensor name, expected 1 to {MAX_NAME_BYTES} plain ASCII characters"
-                raise FormatError(path, problem, tensor=tensor)
+                raise FormatError(path, problem, tensor=tensor, remedy="rename it in the checkpoint")
         return weight_map
 
     def _read_files(self, listing: list[str]) -> None:
@@ -211,7 +216,7 @@ class Checkpoint:
         try:
             self.config = parse_object(self.files[CONFIG_FILE], allow_infinity=True)
         except ValueError as error:
-            raise FormatError(self.path / CONFIG_FILE, str(error), remedy="download it again") from error
+            raise FormatError(self.path / CONFIG_FILE, str(error), remedy=_REDOWNLOAD) from error
 
     def _open_shard(self, shard: str, weight_map: dict[str, str] | None) -> None:
         path = self.path / shard
@@ -231,7 +236,8 @@ class Checkpoint:
                 entry.name, entry.dtype, entry.shape, shard, entry.begin, entry.end
             )
         if len(self.tensors) > MAX_TENSORS:
-            raise FormatError(self.path, "too many tensors", expected=f"at most {MAX_TENSORS}")
+            remedy = "fuse the experts of a layer into one tensor"
+            raise FormatError(self.path, "too many tensors", expected=f"at most {MAX_TENSORS}", remedy=remedy)
 
     def _check_complete(self, weight_map: dict[str, str], listing: list[str]) -> None:
         for tensor, shard in weight_map.items():
@@ -251,7 +257,7 @@ class Checkpoint:
         try:
             return parse_object(data)
         except ValueError as error:
-            raise FormatError(self.path / name, str(error), remedy="download it again") from error
+            raise FormatError(self.path / name, str(error), remedy=_REDOWNLOAD) from error
 
     def _opened(self, name: str) -> _Closing:
         return _Closing(self._resolve(name))
@@ -286,6 +292,18 @@ class Checkpoint:
         )
 
 
+def source_hash(tensors: Iterable[SourceTensor], sha256_of: dict[str, str]) -> str:
+    """SHA-256 over one line a tensor: JSON of name, dtype, shape, SHA-256 of its bytes; sorted by name.
+
+    It depends on the weights alone, not on how many files they are spread over.
+    """
+    manifest = hashlib.sha256()
+    for tensor in sorted(tensors, key=lambda tensor: tensor.name):
+        line = json.dumps([tensor.name, tensor.dtype, list(tensor.shape), sha256_of[tensor.name]])
+        manifest.update(line.encode("ascii") + b"\n")
+    return manifest.hexdigest()
+
+
 class _Closing:
     """A descriptor that is closed at the end of a `with` block."""
 
@@ -305,7 +323,7 @@ def _directory(path: Path) -> Path:
             return Path(os.path.realpath(path, strict=True))
         is_file = path.is_file()
     except (OSError, ValueError) as error:
-        raise FormatError(ascii(str(path)), f"cannot be opened: {error}") from error
+        raise FormatError(path, f"cannot be opened: {error}", remedy="check the path") from error
     if is_file:
         raise FormatError(path, expected="a checkpoint directory", got="a file", remedy="give its directory")
     raise FormatError(path, "no such directory", remedy="check the path; models are not downloaded")
@@ -330,7 +348,8 @@ def _listing(path: Path) -> list[str]:
 def _bounded(entries: Iterator[os.DirEntry[str]], path: Path) -> Iterator[os.DirEntry[str]]:
     for count, entry in enumerate(entries):
         if count >= MAX_TENSORS:
-            raise FormatError(path, "the directory has too many entries", expected=f"at most {MAX_TENSORS}")
+            problem, remedy = "the directory has too many entries", "give the directory of one checkpoint"
+            raise FormatError(path, problem, expected=f"at most {MAX_TENSORS}", remedy=remedy)
         yield entry
 
 

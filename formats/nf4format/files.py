@@ -56,7 +56,7 @@ def open_regular(path: str | os.PathLike[str], *, follow: bool = True) -> int:
     except OSError as error:
         raise os_error(path, error) from error
     except ValueError as error:  # a NUL byte inside the path
-        raise FormatError(ascii(os.fspath(path)), f"cannot be opened: {error}") from error
+        raise FormatError(path, f"cannot be opened: {error}", remedy="check the path") from error
     mode = os.fstat(fd).st_mode
     if not stat.S_ISREG(mode):
         os.close(fd)
@@ -68,7 +68,11 @@ def open_regular(path: str | os.PathLike[str], *, follow: bool = True) -> int:
 def os_error(path: str | os.PathLike[str], error: OSError) -> FormatError:
     """The FormatError that tells of a failed system call on a file being read."""
     reason = error.strerror or str(error)
-    return FormatError(path, reason[:1].lower() + reason[1:], remedy=_REMEDIES.get(error.errno or 0))
+    return FormatError(
+        path,
+        reason[:1].lower() + reason[1:],
+        remedy=_REMEDIES.get(error.errno or 0, "check the file and the disk it is on"),
+    )
 
 
 def read_failure(name: str | os.PathLike[str], what: str, span: tuple[int, int], code: int) -> FormatError:
@@ -111,5 +115,7 @@ def read_capped(fd: int, max_bytes: int, name: str | os.PathLike[str]) -> bytes:
     """The whole of an open regular file, refused before reading when it is larger than `max_bytes`."""
     size = os.fstat(fd).st_size
     if size > max_bytes:
-        raise FormatError(name, "the file is too large", expected=f"at most {max_bytes} bytes", got=f"{size}")
+        limit = f"at most {max_bytes} bytes"
+        remedy = "no model needs so large a file of this name; download it again"
+        raise FormatError(name, "the file is too large", expected=limit, got=size, remedy=remedy)
     return pread_exactly(fd, size, 0, name)

@@ -15,8 +15,10 @@ import json
 import os
 import re
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
 from typing import Any, Final, NoReturn
 
 from .dtypes import DTYPE_BITS, element_bytes
@@ -29,6 +31,7 @@ PREFIX_BYTES: Final = 8
 
 MAX_HEADER_BYTES: Final = 16 << 20  # 200,000 tensors fit; a larger header is a bomb, or wants experts fused
 MAX_TENSORS: Final = 200_000
+MAX_GENERAL_TENSORS: Final = 50_000  # in a header that is JSON, but not as compact as writers write it
 MAX_RANK: Final = 8
 MAX_NAME_BYTES: Final = 255  # a file name's limit too, though a name is never used as one
 MAX_DIM: Final = 1 << 40
@@ -38,9 +41,32 @@ MAX_METADATA_VALUE_BYTES: Final = 1 << 20
 
 # Printable ASCII without space, quotes, backslash and markup characters: what module paths are made of.
 _NAME: Final = re.compile(r"(?!/)(?!.*\.\.)[A-Za-z0-9_.\-/:+@#=\[\](),$~%!*]{1,255}")
+_DIM: Final = rb"(?:0|[1-9][0-9]{0,18})"
+# An entry without a space, an escape or a field more, and what follows it.
+_ENTRY: Final = re.compile(
+    rb'"([A-Za-z0-9_.\-/:+@#=\[\](),$~%!*]{1,255})":\{"dtype":"([A-Z0-9_]{1,16})","shape":\[('
+    + _DIM
+    + rb"(?:,"
+    + _DIM
+    + rb'){0,7})?\],"data_offsets":\[('
+    + _DIM
+    + rb"),("
+    + _DIM
+    + rb")\]\}[,}]"
+)
+_STRING: Final = rb'"[^"\\]*(?:\\.[^"\\]*)*"'
+_METADATA: Final = re.compile(
+    rb'\{"__metadata__":(\{(?:' + _STRING + rb":" + _STRING + rb",?)*\})[,}]", re.DOTALL
+)
+_MOST_METADATA: Final = 256 << 10  # bytes; longer ones are rare, and take the regular expression much memory
+_NONE: Final = object()  # no metadata, which is not the same as null
 _FIELDS: Final = {"dtype", "shape", "data_offsets"}
 _RECOMPILE: Final = "the file is damaged or was not written by qcompile; compile it again"
 _REDOWNLOAD: Final = "download the file again"
+
+
+class _NotCompact(Exception):
+    """The header is not as compact as writers write it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,25 +197,41 @@ def _parse(text: bytes, file_bytes: int, strict: bool, name: str | os.PathLike[s
         raise FormatError(name, problem, remedy=remedy, **details)
 
     data_start = PREFIX_BYTES + len(text)
+
+    def checked(items: Iterable[tuple[str, Any]]) -> dict[str, TensorEntry]:
+        entries: dict[str, TensorEntry] = {}
+        for count, (tensor, value) in enumerate(items):
+            if count == MAX_TENSORS:
+                refuse("too many tensors", expected=f"at most {MAX_TENSORS}", got=f"{count + 1} or more")
+            if tensor in entries:
+                raise _NotCompact
+            try:
+                entries[tensor] = _entry(tensor, value, data_start, strict)
+            except ValueError as error:
+                refuse(str(error), tensor=tensor)
+        return entries
+
     try:
-        fields = _fields(text, strict)
-    except ValueError as error:
-        refuse(f"the header is {error}" if str(error).startswith("not ") else f"in the header: {error}")
-    has_metadata = METADATA_KEY in fields
-    metadata = _metadata(fields.pop(METADATA_KEY, {}), refuse)
-    if strict and not has_metadata:
-        refuse(f"the header has no {METADATA_KEY}")
-    if len(fields) > MAX_TENSORS:
-        refuse("too many tensors", expected=f"at most {MAX_TENSORS}", got=len(fields))
-    entries = []
-    for tensor, value in fields.items():
+        items: Iterable[tuple[str, Any]]
         try:
-            entries.append(_entry(tensor, value, data_start, strict))
-        except ValueError as error:
-            refuse(str(error), tensor=tensor)
-    ordered = sorted(entries, key=lambda entry: (entry.begin, entry.end))
+            metadata, items = _compact(text)
+            entries = checked(items)
+        except _NotCompact:
+            metadata, items = _general(text, strict)
+            entries = checked(items)
+    except ValueError as error:
+        if isinstance(error, FormatError):
+            raise
+        refuse(f"the header is {error}" if str(error).startswith("not ") else f"in the header: {error}")
+    if strict and metadata is _NONE:
+        refuse(f"the header has no {METADATA_KEY}")
+    strings = _metadata({} if metadata is _NONE else metadata, refuse)
+    listed_order = entries.values()
+    if any(later.begin < entry.begin or later.end < entry.end for entry, later in pairwise(listed_order)):
+        ordered = sorted(listed_order, key=lambda entry: (entry.begin, entry.end))
+        entries = {entry.name: entry for entry in ordered}
     position = data_start
-    for entry, listed in zip(ordered, entries, strict=True):
+    for entry, listed in zip(entries.values(), listed_order, strict=True):
         if entry.begin != position:
             problem = (
                 "its data leaves a gap" if entry.begin > position else "its data overlaps another tensor's"
@@ -202,25 +244,68 @@ def _parse(text: bytes, file_bytes: int, strict: bool, name: str | os.PathLike[s
     if position != file_bytes:
         what = "the file is cut short" if position > file_bytes else "there are bytes after the last tensor"
         refuse(what, expected=f"{position} bytes", got=file_bytes)
-    return Header({entry.name: entry for entry in ordered}, metadata, data_start, file_bytes)
+    return Header(entries, strings, data_start, file_bytes)
 
 
-def _fields(text: bytes, strict: bool) -> dict[str, Any]:
-    """The header's JSON object; ValueError with the problem."""
+def _compact(text: bytes) -> tuple[Any, Iterator[tuple[str, Any]]]:
+    """Metadata (or _NONE) and the entries of a header as every writer writes it, one at a time.
+
+    A header of 200,000 tensors is 16 MiB of text, and ten times as much as JSON objects. Read entry by entry
+    it never becomes those: values are tuples of dtype, shape, begin and end. Raises _NotCompact, the iterator
+    too, at whatever is not exactly of this form: then `_general` reads it, and finds what is wrong with it,
+    if anything is.
+    """
+    count = text.count(b'":{"dtype":"')
+    if count > MAX_TENSORS:
+        raise ValueError(f"too many tensors, expected at most {MAX_TENSORS}, got {count}")
+    begin = _METADATA.match(text, 0, _MOST_METADATA)
+    if begin is None:
+        if not text.startswith(b'{"'):
+            raise _NotCompact
+        return _NONE, _compact_entries(text, 1)
+    metadata = parse_json(begin[1], limit_nesting=False)
+    return metadata, _compact_entries(text, begin.end())
+
+
+def _compact_entries(text: bytes, position: int) -> Iterator[tuple[str, Any]]:
+    while text[position - 1 : position] != b"}":
+        entry = _ENTRY.match(text, position)
+        if entry is None:
+            raise _NotCompact
+        name, dtype, shape, first, end = entry.groups()
+        tensor = name.decode("ascii")
+        if tensor == METADATA_KEY:
+            raise _NotCompact
+        yield tensor, (*_dtype_and_shape(dtype, shape), int(first), int(end))
+        position = entry.end()
+    if text[position:].strip(b" "):
+        raise _NotCompact
+
+
+@lru_cache(maxsize=1024)
+def _dtype_and_shape(dtype: bytes, shape: bytes | None) -> tuple[str, tuple[int, ...]]:
+    """From their texts; equal ones share their memory, of which a model has few."""
+    return dtype.decode("ascii"), tuple(int(dim) for dim in shape.split(b",")) if shape else ()
+
+
+def _general(text: bytes, strict: bool) -> tuple[Any, Iterable[tuple[str, Any]]]:
+    """As `_compact`, of any JSON; ValueError with the problem."""
     if strict and not text.startswith(b"{"):
         raise ValueError(f"expected '{{' first, got {text[:1].decode('latin-1')!a}")
     if strict and not text.rstrip(b" ").endswith(b"}"):
         raise ValueError(f"expected '}}' and spaces last, got {text[-1:].decode('latin-1')!a}")
     # Counted in the text, so that a header bomb is refused before it becomes objects: a tensor has one brace,
     # two brackets and at most rank + 4 commas; metadata may hold as many again in JSON texts of its own.
-    limits = {b"{": 2 * MAX_TENSORS, b"[": 3 * MAX_TENSORS, b",": (MAX_RANK + 5) * MAX_TENSORS}
-    for character, limit in limits.items():
+    most = MAX_GENERAL_TENSORS
+    for character, limit in {b"{": 2 * most, b"[": 3 * most, b",": (MAX_RANK + 5) * most}.items():
         if text.count(character) > limit:
-            raise ValueError(f"too many tensors, expected at most {MAX_TENSORS}")
+            raise ValueError(
+                f"too many tensors, expected at most {most} in a header that is not compact JSON"
+            )
     fields = parse_json(text, limit_nesting=False)
     if not isinstance(fields, dict):
         raise ValueError(f"not a JSON object, got {type(fields).__name__}")
-    return fields
+    return fields.pop(METADATA_KEY, _NONE), fields.items()
 
 
 def _metadata(value: Any, refuse: Any) -> dict[str, str]:
@@ -242,6 +327,20 @@ def _entry(tensor: str, value: Any, data_start: int, strict: bool) -> TensorEntr
     if not valid_name(tensor):
         expected = f"expected 1 to {MAX_NAME_BYTES} plain ASCII characters without '..'"
         raise ValueError(f"not a tensor name, {expected}")
+    dtype, shape, begin, end = value if type(value) is tuple else _of_object(value, strict)
+    size = _tensor_bytes(dtype, shape)
+    if not 0 <= begin <= end < 1 << 62:
+        raise ValueError(f"data_offsets out of range, got [{begin}, {end}]")
+    if end - begin != size:
+        raise ValueError(f"expected {size} bytes for {dtype} {list(shape)}, got {end - begin}")
+    begin, end = data_start + begin, data_start + end
+    if strict and begin % element_bytes(dtype):
+        raise ValueError(f"misaligned, expected a multiple of {element_bytes(dtype)}, got {begin}")
+    return TensorEntry(tensor, dtype, shape, begin, end)
+
+
+def _of_object(value: Any, strict: bool) -> tuple[str, tuple[int, ...], int, int]:
+    """Dtype, shape, begin and end as an entry's object has them: of the right types, but not checked."""
     if type(value) is not dict:
         raise ValueError(f"expected an object, got {type(value).__name__}")
     if value.keys() != _FIELDS:
@@ -251,18 +350,12 @@ def _entry(tensor: str, value: Any, data_start: int, strict: bool) -> TensorEntr
         raise ValueError(f"expected dtype to be a string, got {type(dtype).__name__}")
     if type(shape) is not list or len(shape) > MAX_RANK or not _integers(shape):
         raise ValueError(f"expected shape to be a list of up to {MAX_RANK} integers, got {_short(shape)}")
-    size = tensor_bytes(dtype, tuple(shape))
     if type(offsets) is not list or len(offsets) != 2 or not _integers(offsets):
         raise ValueError(f"expected data_offsets to be two integers, got {_short(offsets)}")
-    begin, end = offsets
-    if not 0 <= begin <= end < 1 << 62:
-        raise ValueError(f"data_offsets out of range, got [{begin}, {end}]")
-    if end - begin != size:
-        raise ValueError(f"expected {size} bytes for {dtype} {shape}, got {end - begin}")
-    begin, end = data_start + begin, data_start + end
-    if strict and begin % element_bytes(dtype):
-        raise ValueError(f"misaligned, expected a multiple of {element_bytes(dtype)}, got {begin}")
-    return TensorEntry(tensor, dtype, tuple(shape), begin, end)
+    return dtype, tuple(shape), offsets[0], offsets[1]
+
+
+_tensor_bytes = lru_cache(maxsize=1024)(tensor_bytes)
 
 
 def _check_fields(value: dict[str, Any], strict: bool) -> None:

@@ -37,6 +37,7 @@ RESERVED: Final = (FILE_PREFIX, PAD_PREFIX, "__nf4__", "__metadata__")
 QUANT_STATE: Final = ".quant_state.bitsandbytes__nf4"
 COMPANIONS: Final = (".absmax", ".nested_absmax", ".quant_map", ".nested_quant_map", QUANT_STATE)
 QUANT_STATE_STEP: Final = 64  # reserved sizes are multiples of it, so that what follows stays aligned
+_RENAME: Final = "rename the tensor in the checkpoint"
 _LONGEST_FLOAT: Final = 24  # characters of the longest repr of a double
 
 # Metadata that version 1 fixes. The first two come first in the header, so that bytes 8.. tell what it is.
@@ -141,7 +142,8 @@ def plan_layout(
     def place(name: str, dtype: str, shape: tuple[int, ...]) -> None:
         nonlocal position
         if name in names:
-            raise FormatError("", "the name is used twice", tensor=name)
+            remedy = "rename one of the two in the checkpoint"
+            raise FormatError("", "the name is used twice", tensor=name, remedy=remedy)
         names.add(name)
         size = _checked_bytes(name, dtype, shape)
         placed.append(TensorEntry(name, dtype, shape, position, position + size))
@@ -251,7 +253,8 @@ def _packed_elements(spec: PackedSpec) -> int:
         raise FormatError("", tensor=spec.name, expected=" or ".join(SAFETENSORS_NAME), got=spec.dtype)
     _checked_bytes(spec.name, SAFETENSORS_NAME[spec.dtype], spec.shape)
     if spec.num_elements == 0:
-        raise FormatError("", "an empty tensor cannot be packed", tensor=spec.name, got=list(spec.shape))
+        problem, remedy = "an empty tensor cannot be packed", "keep it as it is, with --exclude"
+        raise FormatError("", problem, tensor=spec.name, got=list(spec.shape), remedy=remedy)
     return spec.num_elements
 
 
@@ -259,16 +262,15 @@ def _checked_bytes(name: str, dtype: str, shape: tuple[int, ...]) -> int:
     try:
         return tensor_bytes(dtype, shape)
     except ValueError as error:
-        raise FormatError("", str(error), tensor=name) from error
+        raise FormatError("", str(error), tensor=name, remedy="convert it in the checkpoint") from error
 
 
 def _check_name(name: str) -> None:
     if not valid_name(name):
-        raise FormatError("", "not a tensor name, expected 1 to 255 plain ASCII characters", tensor=name)
+        problem = "not a tensor name, expected 1 to 255 plain ASCII characters"
+        raise FormatError("", problem, tensor=name, remedy=_RENAME)
     if name.startswith(RESERVED):
-        raise FormatError(
-            "", "the name is reserved", tensor=name, remedy="rename the tensor in the checkpoint"
-        )
+        raise FormatError("", "the name is reserved", tensor=name, remedy=_RENAME)
 
 
 def _ordered_metadata(metadata: Mapping[str, str]) -> dict[str, str]:

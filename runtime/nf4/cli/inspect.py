@@ -9,6 +9,8 @@ from typing import Any
 import click
 
 from nf4format.container import Nf4File
+from nf4format.embedded import FILE_PREFIX
+from nf4format.errors import printable
 from nf4format.layout import COMPANIONS
 
 from . import write_json
@@ -49,7 +51,7 @@ def describe(file: Nf4File) -> dict[str, Any]:
     tensors = []
     for name in file.packed_names:
         parts = (name, *(name + suffix for suffix in COMPANIONS))
-        size = sum(entries[part].end - entries[part].begin for part in parts)
+        size = sum(_stored_bytes(file, part) for part in parts)
         tensors.append(_tensor(name, "NF4", file.packed(name).shape, size))
     for name in file.kept_names:
         entry = entries[name]
@@ -73,12 +75,17 @@ def describe(file: Nf4File) -> dict[str, Any]:
         "parameters": parameters,
         "bits_per_parameter": 8 * size / parameters if parameters else None,
         **groups,
-        "embedded_files": {name: len(file.file(name)) for name in file.file_names},
+        "embedded_files": {name: _stored_bytes(file, FILE_PREFIX + name) for name in file.file_names},
         "aliases": dict(file.aliases),
         "metadata": dict(file.metadata),
         "fingerprint": file.fingerprint,
         "tensors": tensors,
     }
+
+
+def _stored_bytes(file: Nf4File, tensor: str) -> int:
+    entry = file.header.entries[tensor]
+    return entry.end - entry.begin
 
 
 def _tensor(name: str, dtype: str, shape: tuple[int, ...], num_bytes: int) -> dict[str, Any]:
@@ -103,9 +110,10 @@ def _text(facts: dict[str, Any]) -> str:
         "source": metadata["nf4.source_sha256"],
         "fingerprint": facts["fingerprint"],
     }
-    return "\n".join(f"{key:<12} {click.unstyle(value)}" for key, value in rows.items())
+    return "\n".join(f"{key:<12} {printable(value[:_MOST_SHOWN])}" for key, value in rows.items())
 
 
+_MOST_SHOWN = 2000  # characters of a row, which may come from a stranger
 _MODEL_FIELDS = (
     ("num_hidden_layers", "layers,"),
     ("hidden_size", "hidden,"),

@@ -23,6 +23,8 @@ MAX_WIDTH = 1 << 20  # hidden, intermediate and head sizes
 MAX_VOCAB = 1 << 24
 MAX_POSITIONS = 1 << 31
 
+_REMEDY = "it is not the config.json of a model that this version runs; compile a checkpoint with its own"
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -126,7 +128,7 @@ class _Fields:
 
     def fail(self, name: str, expected: str, got: object, remedy: str | None = None) -> None:
         problem = f"'{self.prefix}{name}'"
-        raise LoadError(self.file, problem, expected=expected, got=_shown(got), remedy=remedy)
+        raise LoadError(self.file, problem, expected=expected, got=_shown(got), remedy=remedy or _REMEDY)
 
     def get(self, name: str, default: Any = None) -> Any:
         value = self.values.get(name)

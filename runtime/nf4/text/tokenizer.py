@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ from tokenizers import Encoding
 from tokenizers import Tokenizer as Backend
 
 from nf4format.container import Nf4File
+from nf4format.strictjson import parse_object
 
 from ..errors import LoadError
 
@@ -65,7 +65,8 @@ class Tokenizer:
         try:
             self._backend = Backend.from_str(data.decode("utf-8"))
         except Exception as error:  # the library raises plain Exception
-            raise LoadError(name, f"not a usable tokenizer: {error}") from error
+            remedy = "put the tokenizer.json of the model beside the checkpoint and compile it again"
+            raise LoadError(name, f"not a usable tokenizer: {error}", remedy=remedy) from error
         self._backend.no_truncation()
         self._backend.no_padding()
         own, generation, model = tokenizer_config or {}, generation_config or {}, config or {}
@@ -259,9 +260,7 @@ def _parse(file: Nf4File, name: str) -> Mapping[str, Any]:
     if name not in file.file_names:
         return {}
     try:
-        value = json.loads(file.file(name))
+        return parse_object(file.file(name), allow_infinity=True)
     except ValueError as error:
-        raise LoadError(file.path, f"embedded file {name} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise LoadError(file.path, f"embedded file {name}", expected="an object", got=type(value).__name__)
-    return value
+        remedy = "correct it in the checkpoint and compile that again"
+        raise LoadError(file.path, f"embedded file {name}: {error}", remedy=remedy) from error
