@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 # Shown as folders: their files mirror the source and need no line of their own.
-SUMMARISED = ("tests/", "tools/bench/results/")
+SUMMARISED = ("tests/", "tools/bench/results/", "tools/fuzz/corpus/")
 
 
 def tree_paths(readme: str) -> set[str]:

@@ -1,0 +1,1 @@
+"""Every class of bad input that users may meet: how to build it, and what must become of it."""
