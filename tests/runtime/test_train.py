@@ -127,6 +127,7 @@ def test_learns_logs_and_saves_what_it_learned(
     evaluations = {record["step"]: record for record in records if "eval_loss" in record}
     assert {step: record["eval_loss"] for step, record in evaluations.items()} == summary.evaluations
     assert evaluations[30]["eval_perplexity"] == pytest.approx(math.exp(summary.evaluations[30]))
+    assert len([line for line in said if line.startswith("expected time  about")]) == 1
     assert any(line.startswith("tokens in all  about 3,840") for line in said)
 
     ids = torch.tensor([TOKENIZER.encode("the quick")])

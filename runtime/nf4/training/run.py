@@ -77,6 +77,7 @@ class Run:
         self._reports = StepReports(self.summary, logs, self.bar, self.optimizer, self.say)
         self._weights = WeightChange(self.model)
         self._beginning = (0, 0, 0.0)  # steps, tokens and seconds when this process took over
+        self._has_told_time = False
         self._saved_step: int | None = None  # of the newest checkpoint of this run
         self._leaves_checkpoint = self.options.save_every > 0
 
@@ -128,13 +129,13 @@ class Run:
         self._evaluate_if_due()
         while not self._is_over():
             self._step(summary.steps + 1 + self._reports.unread)
+            self._tell_time()
             # A GPU's numbers are read when the next step is under way, unless something hangs on them.
             done = summary.steps + self._reports.unread
             is_saved = options.save_every > 0 and done % options.save_every == 0
             hangs = is_saved or self._is_due(done) or self.stop.signal is not None
             if hangs or self.model.device.type == "cpu":
                 self._reports.catch_up()
-                self._tell_time()
                 self._evaluate_if_due()
                 if is_saved and self.stop.signal is None:
                     self._save_checkpoint()
@@ -197,7 +198,8 @@ class Run:
         """After the first steps: how long the others will take."""
         summary, (steps, tokens, seconds) = self.summary, self._beginning
         done, left = summary.steps - steps, self.plan.steps - summary.steps
-        if done == STEPS_TO_KNOW_SPEED and left > 0 and summary.seconds > seconds:
+        if not self._has_told_time and done >= STEPS_TO_KNOW_SPEED and left > 0 and summary.seconds > seconds:
+            self._has_told_time = True
             speed = (summary.tokens - tokens) / (summary.seconds - seconds)
             expected = expected_time(round((summary.tokens - tokens) / done * left), speed)
             self.say(f"expected time  {expected} for {left:,} more steps")
