@@ -127,7 +127,8 @@ def test_a_process_stopped_in_every_way_goes_on_as_if_it_had_not_been(packed: Pa
     (tmp_path / "text.txt").write_text("one two three four five " * 40)
     arguments = [
         packed, "--data", tmp_path / "text.txt", "--steps", 90, "--seq-len", 32, "--rank", 4, "--threads", 1,
-        "--dropout", 0.1, "--save-every", 7, "--eval-fraction", 0.1, "--eval-every", 9, "--resume", "--no-plot",
+        "--dropout", 0.1, "--save-every", 7, "--eval-fraction", 0.1, "--eval-every", 9, "--resume",
+        "--no-plot",
     ]  # fmt: skip
     out, straight = tmp_path / "stopped", tmp_path / "straight"
     log, checkpoints = tmp_path / "stopped.jsonl", tmp_path / "stopped.checkpoints"
