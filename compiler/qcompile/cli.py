@@ -13,9 +13,11 @@ from tqdm import tqdm
 from nf4format.atomic import write_bytes
 from nf4format.encode import ENCODERS
 from nf4format.errors import Nf4Error
+from nf4format.levels import LEVELS
 
 from .options import CompileOptions
 from .pipeline import compile_checkpoint, plan_checkpoint
+from .report import check_report_path, write_report
 from .summary import plan_json, plan_text
 
 _EXAMPLES = """\b
@@ -24,6 +26,7 @@ Examples:
   qcompile Llama-3.1-8B llama.nf4                  compile
   qcompile Llama-3.1-8B llama.nf4 --verify         and compare the result with the checkpoint
   qcompile Llama-3.1-8B same.nf4 -O0               the bits that bitsandbytes would make
+  qcompile Llama-3.1-8B llama.nf4 --report llama.html         what became of each tensor
   qcompile Qwen3-30B-A3B moe.nf4 --exclude '*.self_attn.*'    keep attention in 16 bit
   qcompile Llama-3.1-8B part.nf4 --include '*.mlp.*'          pack the feed-forward layers only
   qcompile Llama-3.1-8B whole.nf4 --exclude '*'               the same container, nothing packed
@@ -43,6 +46,13 @@ Examples:
     default=str(CompileOptions.level),
     help="Optimisation level; the file is decoded the same way at each. -O0: scales are block maxima, "
     "bit-identical to bitsandbytes. -O1: scales that lose least are searched for.",
+)
+@click.option(
+    "--levels",
+    default="nf4",
+    metavar="|".join([*LEVELS, "FILE"]),
+    help="What codes stand for. FILE: 16 numbers. Anything but nf4 is for this package's runtime on a CPU: "
+    "GPU kernels and bitsandbytes know NF4's levels alone.",
 )
 @click.option(
     "--include",
@@ -72,12 +82,18 @@ Examples:
 @click.option(
     "--json", "json_path", metavar="PATH", help="Write the summary (or the plan) as JSON; '-' for stdout."
 )
+@click.option(
+    "--report",
+    metavar="PATH",
+    help="Write what became of each tensor: errors before and after, negative scales, time; .json or .html.",
+)
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
 @click.version_option(package_name="nf4")
 def command(  # noqa: PLR0917 - one parameter for each option; click passes them by name
     model_dir: str,
     out: str,
     level: str,
+    levels: str,
     include: tuple[str, ...],
     exclude: tuple[str, ...],
     quantize_head: bool,
@@ -87,6 +103,7 @@ def command(  # noqa: PLR0917 - one parameter for each option; click passes them
     force: bool,
     verify: bool,
     json_path: str | None,
+    report: str | None,
     quiet: bool,
 ) -> None:
     """Compile a Hugging Face checkpoint into one 4-bit file.
@@ -100,6 +117,7 @@ def command(  # noqa: PLR0917 - one parameter for each option; click passes them
     """
     options = CompileOptions(
         level=int(level),
+        levels=levels,
         include=include,
         exclude=exclude,
         quantize_head=quantize_head,
@@ -108,6 +126,8 @@ def command(  # noqa: PLR0917 - one parameter for each option; click passes them
         force=force,
         verify=verify,
     )
+    if report:
+        check_report_path(report)
     if dry_run:
         plan = plan_checkpoint(model_dir, options)
         text, data = plan_text(plan), plan_json(plan)
@@ -122,6 +142,8 @@ def command(  # noqa: PLR0917 - one parameter for each option; click passes them
                 bar.update(num_bytes)
 
             summary = compile_checkpoint(model_dir, out, options, None if hidden else show)
+        if report:
+            write_report(report, summary)
         text, data = summary.text(), summary.as_json()
     as_json = json.dumps(data, indent=1) + "\n"
     if json_path == "-":

@@ -56,12 +56,14 @@ def emit_tensors(
     encoder: Encoder,
     file: AtomicFile,
     *,
+    levels: np.ndarray = NF4_LEVELS,
     jobs: int,
     progress: Progress | None = None,
 ) -> dict[str, Emitted]:
     """Write all tensors of the plan into the file.
 
     Args:
+        levels: what the encoder's codes stand for, float32 [16].
         jobs: number of threads.
 
     Returns:
@@ -72,7 +74,7 @@ def emit_tensors(
         FormatError: a shard cannot be read.
         OSError: the output cannot be written.
     """
-    emitter = _Emitter(checkpoint, plan, encoder, file, jobs=jobs, progress=progress)
+    emitter = _Emitter(checkpoint, plan, encoder, file, levels=levels, jobs=jobs, progress=progress)
     largest_first = sorted(plan.decisions, key=lambda decision: -decision.source_bytes)
     with ThreadPoolExecutor(jobs, thread_name_prefix="emit") as pool:
         futures: dict[str, Future[Emitted]] = {}
@@ -108,12 +110,13 @@ class _Emitter:
         encoder: Encoder,
         file: AtomicFile,
         *,
+        levels: np.ndarray,
         jobs: int,
         progress: Progress | None,
     ) -> None:
         self.cancelled = threading.Event()
         self._checkpoint, self._layout, self._encoder, self._file = checkpoint, plan.layout, encoder, file
-        self._progress, self._jobs = progress, jobs
+        self._levels, self._progress, self._jobs = levels, progress, jobs
         self._lock = threading.Lock()
         self._unfinished = len(plan.decisions)
         self._total_bytes = sum(decision.source_bytes for decision in plan.decisions)
@@ -149,7 +152,7 @@ class _Emitter:
             codes = np.frombuffer(
                 os.pread(self._file.fd, -(-(stop - start) // 2), codes_begin + start // 2), np.uint8
             )
-            return decode_segment(codes, constants, start, stop, reader.dtype)
+            return decode_segment(codes, constants, start, stop, reader.dtype, levels=self._levels)
 
         with self._scratch.scales(reader.num_values) as scales:
             try:
@@ -174,7 +177,7 @@ class _Emitter:
         )
         parts: dict[str, bytes | memoryview] = {
             ".absmax": constants.absmax.data,
-            ".quant_map": NF4_LEVELS.tobytes(),
+            ".quant_map": self._levels.tobytes(),
             ".nested_absmax": constants.nested_absmax.data,
             ".nested_quant_map": NESTED_MAP.tobytes(),
             QUANT_STATE: state,

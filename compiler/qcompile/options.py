@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
+import numpy as np
+
+from nf4format.levels import LEVELS, read_levels
+
 
 @dataclass(frozen=True)
 class CompileOptions:
@@ -14,6 +18,7 @@ class CompileOptions:
 
     Attributes:
         level: optimisation level of the encoder; the decoder is the same for all.
+        levels: table of levels: a name of `nf4format.levels.LEVELS`, or a file (`read_levels`).
         include: patterns (`fnmatch`, on full tensor names); if any is given, only tensors that match one
             of them are candidates for quantization.
         exclude: patterns; a tensor that matches one keeps its dtype, whatever `include` says.
@@ -25,6 +30,7 @@ class CompileOptions:
     """
 
     level: int = 1
+    levels: str = "nf4"
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     quantize_head: bool = False
@@ -34,6 +40,15 @@ class CompileOptions:
     force: bool = False
     verify: bool = False
 
+    @property
+    def levels_name(self) -> str:
+        """Name of the table of levels; "custom" if it is a file's, which the output holds anyway."""
+        return self.levels if self.levels in LEVELS else "custom"
+
+    def level_table(self) -> np.ndarray:
+        """The levels, float32 [16]. Raises FormatError as `read_levels`."""
+        return LEVELS[self.levels] if self.levels in LEVELS else read_levels(self.levels)
+
     def recorded(self) -> str:
         """The options that decide bytes, as JSON with sorted keys: metadata `nf4.options`."""
         return json.dumps(
@@ -41,6 +56,7 @@ class CompileOptions:
                 "exclude": sorted(set(self.exclude)),
                 "include": sorted(set(self.include)),
                 "level": self.level,
+                "levels": self.levels_name,
                 "quantize_embeddings": self.quantize_embeddings,
                 "quantize_head": self.quantize_head,
             },

@@ -17,6 +17,7 @@ import math
 import os
 import time
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 from nf4format.atomic import AtomicFile
@@ -28,9 +29,10 @@ from .emit import Emitted, Progress, emit_files, emit_tensors
 from .errors import CompileError
 from .options import CompileOptions
 from .plan import SOURCE_HASH_KEY, Plan, make_plan
+from .policy import Decision
 from .quality import TensorError, group_errors, plain_ratio
 from .roles import group_of
-from .summary import CompileSummary, stored_bytes
+from .summary import CompileSummary, TensorSummary, stored_bytes
 from .verify import verify_output
 from .writeback import Writeback
 
@@ -61,6 +63,7 @@ def compile_checkpoint(
     options = options or CompileOptions()
     started = time.perf_counter()
     jobs = options.jobs or len(os.sched_getaffinity(0))
+    encoder = partial(ENCODERS[options.level], levels=options.level_table())
     with Checkpoint.open(model_dir) as checkpoint:
         plan = make_plan(checkpoint, options)
         _check_output(Path(out), checkpoint, options)
@@ -68,7 +71,13 @@ def compile_checkpoint(
             file.preallocate(plan.layout.file_bytes)
             with Writeback(file.fd):
                 emitted = emit_tensors(
-                    checkpoint, plan, ENCODERS[options.level], file, jobs=jobs, progress=progress
+                    checkpoint,
+                    plan,
+                    encoder,
+                    file,
+                    levels=options.level_table(),
+                    jobs=jobs,
+                    progress=progress,
                 )
                 checkpoint.check_unchanged()
                 emit_files(checkpoint, plan, file)
@@ -150,10 +159,29 @@ def _summarize(
         packed_bytes=stored_bytes(plan, [decision.name for decision in packed]),
         measured_parameters=sum(error.measured for error in errors.values()),
         level=options.level,
+        levels=options.levels_name,
+        tensors=tuple(_tensor_summary(decision, emitted[decision.name], errors) for decision in packed),
         groups=group_errors((group_of(decision.name), errors[decision.name]) for decision in packed),
         plain_ratio=plain_ratio(list(errors.values())),
         negative_scales=negative / max(1, packed_parameters),
         source_sha256=source_sha256,
         seconds=seconds,
         verified=options.verify,
+    )
+
+
+def _tensor_summary(decision: Decision, emitted: Emitted, errors: dict[str, TensorError]) -> TensorSummary:
+    error = errors[decision.name]
+    weight = error.squared_weight or 1.0
+    return TensorSummary(
+        name=decision.name,
+        group=group_of(decision.name),
+        dtype=decision.dtype,
+        shape=decision.shape,
+        parameters=error.num_values,
+        measured=error.measured,
+        before=error.plain_error / weight,
+        after=error.squared_error / weight,
+        negative_scales=emitted.negative_scales,
+        seconds=emitted.seconds,
     )

@@ -16,7 +16,7 @@ from nf4format.container import config_sha256
 from nf4format.dtypes import DTYPE_OF_SAFETENSORS
 from nf4format.embedded import CONFIG_FILE
 from nf4format.errors import FormatError
-from nf4format.layout import KeptSpec, Layout, PackedSpec, plan_layout
+from nf4format.layout import OTHER_LEVELS, KeptSpec, Layout, PackedSpec, plan_layout
 
 from .errors import CompileError
 from .options import CompileOptions
@@ -83,7 +83,9 @@ def make_plan(checkpoint: Checkpoint, options: CompileOptions) -> Plan:
 
 def _metadata(checkpoint: Checkpoint, options: CompileOptions, aliases: dict[str, str]) -> dict[str, str]:
     """What the layout does not fix already."""
+    other_levels = {} if options.levels_name == "nf4" else {OTHER_LEVELS: options.levels_name}
     return {
+        **other_levels,
         "nf4.aliases": json.dumps(aliases, sort_keys=True, separators=(",", ":")),
         "nf4.config_sha256": config_sha256(checkpoint.files[CONFIG_FILE]),
         "nf4.options": options.recorded(),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from nf4format.blocks import Dtype, PackedTensor, dequantize, quantize
-from nf4format.codebook import BLOCK, NESTED_BLOCK, NESTED_MAP, NF4_LEVELS
+from nf4format.codebook import BLOCK, NESTED_BLOCK, NESTED_MAP
 from nf4format.encode import Constants
 
 # Values decoded at a time: whole nested blocks, so that a segment is a packed tensor of its own.
@@ -98,7 +98,7 @@ def measure(
 
 
 def decode_segment(
-    codes: np.ndarray, constants: Constants, start: int, stop: int, dtype: Dtype
+    codes: np.ndarray, constants: Constants, start: int, stop: int, dtype: Dtype, *, levels: np.ndarray
 ) -> np.ndarray:
     """Decode [start, stop) of a tensor from the codes of that segment alone, as float32 on `dtype`'s grid.
 
@@ -106,6 +106,7 @@ def decode_segment(
         codes: uint8 [ceil((stop - start) / 2)].
         constants: the whole tensor's.
         start, stop: a segment: start is a multiple of SEGMENT.
+        levels: what codes stand for, float32 [16].
     """
     blocks = slice(start // BLOCK, -(-stop // BLOCK))
     packed = PackedTensor(
@@ -113,7 +114,7 @@ def decode_segment(
         dtype,
         codes,
         constants.absmax[blocks],
-        NF4_LEVELS,
+        levels,
         constants.nested_absmax[blocks.start // NESTED_BLOCK : -(-blocks.stop // NESTED_BLOCK)],
         NESTED_MAP,
         constants.nested_offset,

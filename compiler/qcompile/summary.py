@@ -5,13 +5,42 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from nf4format.layout import COMPANIONS
 
 from .plan import Plan
 from .quality import GroupError
+
+
+@dataclass(frozen=True)
+class TensorSummary:
+    """What became of one packed tensor.
+
+    Attributes:
+        name, group, dtype, shape: of the tensor; dtype as in the checkpoint.
+        parameters, measured: its elements, and those whose error was measured.
+        before, after: squared error over squared weight, of -O0 and of the file.
+        negative_scales: share of its blocks whose scale is below zero.
+        seconds: from the first byte read to the last written.
+    """
+
+    name: str
+    group: str
+    dtype: str
+    shape: tuple[int, ...]
+    parameters: int
+    measured: int
+    before: float
+    after: float
+    negative_scales: float
+    seconds: float
+
+    @property
+    def ratio(self) -> float:
+        """after over before; 1 where there was no error."""
+        return self.after / self.before if self.before else 1.0
 
 
 @dataclass(frozen=True)
@@ -27,6 +56,8 @@ class CompileSummary:
         packed_bytes: bytes of the output that are codes and constants of packed tensors.
         measured_parameters: packed parameters whose error was measured.
         level: optimisation level.
+        levels: name of the table of levels, "custom" for one from a file.
+        tensors: each packed tensor, in execution order.
         groups: error by layer group, in execution order.
         plain_ratio: squared error of all packed tensors over that of -O0.
         negative_scales: share of their blocks whose scale is below zero.
@@ -46,6 +77,8 @@ class CompileSummary:
     packed_bytes: int
     measured_parameters: int
     level: int
+    levels: str
+    tensors: tuple[TensorSummary, ...]
     groups: tuple[GroupError, ...]
     plain_ratio: float
     negative_scales: float
@@ -64,9 +97,11 @@ class CompileSummary:
         return self.source_bytes / max(1e-9, self.seconds) / 1e9
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values, for --json."""
+        """Plain values without the single tensors, for --json."""
         derived = {"bits_per_parameter": self.bits_per_parameter, "gb_per_second": self.gb_per_second}
-        return {**asdict(self), **derived}
+        values = {**asdict(replace(self, tensors=())), **derived}
+        del values["tensors"]
+        return values
 
     def text(self) -> str:
         """The closing lines of the command."""
@@ -96,7 +131,7 @@ class CompileSummary:
                 "           " + "".join(cell.ljust(width) for cell in cells[i : i + per_line]).rstrip()
                 for i in range(0, len(cells), per_line)
             ]
-            if self.level:
+            if self.level or self.levels != "nf4":
                 lines.append(
                     f"           squared error {self.plain_ratio:.3f} of -O0's "
                     f"({self.plain_ratio - 1:+.1%}); {self.negative_scales:.0%} of the scales are negative"

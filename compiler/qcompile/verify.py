@@ -11,7 +11,7 @@ import numpy as np
 from nf4format.atomic import AtomicFile
 from nf4format.blocks import PackedTensor, dequantize
 from nf4format.checkpoint import Checkpoint
-from nf4format.codebook import BLOCK, NESTED_BLOCK, NESTED_MAP, NF4_LEVELS
+from nf4format.codebook import BLOCK, NESTED_BLOCK, NESTED_MAP
 from nf4format.container import Nf4File
 
 from .emit import Emitted
@@ -21,8 +21,7 @@ from .policy import Decision
 from .quality import TensorError, all_segments, measure, to_float32
 from .source import CHUNK_BYTES, TensorReader
 
-# Farthest that a value may be from its level, in block scales; and a scale from its code, in nested scales.
-_LEVEL_ERROR = float(np.diff(NF4_LEVELS).max()) / 2
+# Farthest that a scale may be from its code, in nested scales.
 _SCALE_ERROR = max(float(np.diff(NESTED_MAP).max()) / 2, 1 + float(NESTED_MAP[0]))
 # Least part of a block's largest magnitude that quantize_search takes for its scale, before coding that.
 _LEAST_MULTIPLIER = 0.7
@@ -143,7 +142,7 @@ def allowed_difference(packed: PackedTensor, original: np.ndarray, start: int) -
     scales = padded.reshape(-1, BLOCK).max(axis=1)
     scale_errors = _nested_of_blocks(packed, start, scales.size) * _SCALE_ERROR
     roundings = 2**-8 * (scales + scale_errors) + 2**-22 * abs(packed.nested_offset) + 2**-24
-    bound = _LEVEL_ERROR * scales + scale_errors + roundings
+    bound = _level_error(packed) * scales + scale_errors + roundings
     return np.repeat(bound, BLOCK)[: original.size].astype(np.float32)
 
 
@@ -163,9 +162,15 @@ def allowed_difference_searched(packed: PackedTensor, original: np.ndarray, star
     # A code of the scale may be the neighbour of the nearest one.
     least = _LEAST_MULTIPLIER * magnitudes - np.repeat(nested * 3 * _SCALE_ERROR, BLOCK)[: original.size]
     exceeding = np.clip(magnitudes - np.maximum(of_values, least), 0, None)
-    return (_LEVEL_ERROR * of_values + exceeding + 2**-8 * (of_values + magnitudes) + 2**-24).astype(
+    return (_level_error(packed) * of_values + exceeding + 2**-8 * (of_values + magnitudes) + 2**-24).astype(
         np.float32
     )
+
+
+def _level_error(packed: PackedTensor) -> float:
+    """Farthest that a value in [-1, 1] may be from its level."""
+    levels = packed.quant_map.astype(np.float64)
+    return float(max(np.diff(levels).max() / 2, 1 + levels[0], 1 - levels[15]))
 
 
 def _nested_of_blocks(packed: PackedTensor, start: int, num_blocks: int) -> np.ndarray:

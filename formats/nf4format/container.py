@@ -55,6 +55,7 @@ class Nf4File:
         packed_names, kept_names: names in file order.
         file_names: the embedded files.
         aliases: alias -> name of the stored tensor it shares (tied weights).
+        other_levels: packed weights whose codes stand for other levels than NF4's.
     """
 
     def __init__(self, path: Path, fd: int, *, mmap: bool, allow_maps: bool, max_header_bytes: int) -> None:
@@ -72,6 +73,7 @@ class Nf4File:
         self.kept_names = self._profile.kept
         self.file_names = self._profile.files
         self.aliases = self._profile.aliases
+        self.other_levels = self._profile.other_levels
         self._memory: np.ndarray | None = _map_file(fd, self.header.file_bytes, path) if mmap else None
         self._memory_begin = 0  # the byte of the file that the memory begins with
         self._fd = fd  # owned from here on
@@ -91,7 +93,7 @@ class Nf4File:
             mmap: map the file and give views of it; otherwise each access reads, or `read_weights` at once
                 (slower, but a file that is cut short while in use is then an exception, where a mapping
                 kills the process).
-            allow_maps: accept level tables other than NF4's and the standard nested map.
+            allow_maps: accept any finite level tables, and others than the standard nested map.
             max_header_bytes: refuse longer headers.
 
         Raises:

@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from .blocks import Dtype, NonFinite, quantize_absmax, quantize_codes, quantize_search
-from .codebook import BLOCK, NESTED_BLOCK, NESTED_MAP
+from .codebook import BLOCK, NESTED_BLOCK, NESTED_MAP, NF4_LEVELS
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,13 @@ class Encoder(Protocol):
     """One optimisation level."""
 
     def __call__(
-        self, source: TensorSource, write_codes: WriteCodes, threads: Callable[[], int], scales: np.ndarray
+        self,
+        source: TensorSource,
+        write_codes: WriteCodes,
+        threads: Callable[[], int],
+        scales: np.ndarray,
+        *,
+        levels: np.ndarray = NF4_LEVELS,
     ) -> Constants:
         """Encode a tensor.
 
@@ -72,6 +78,7 @@ class Encoder(Protocol):
             write_codes: receives every code once.
             threads: how many threads may be used right now; asked again for each chunk.
             scales: room for the tensor's scales, float32 [ceil(n / 64)].
+            levels: what codes stand for, float32 [16]; see `nf4format.levels`.
 
         Raises:
             NonFinite: with the flat index of the first NaN or infinity.
@@ -80,7 +87,12 @@ class Encoder(Protocol):
 
 
 def encode_absmax(
-    source: TensorSource, write_codes: WriteCodes, threads: Callable[[], int], scales: np.ndarray
+    source: TensorSource,
+    write_codes: WriteCodes,
+    threads: Callable[[], int],
+    scales: np.ndarray,
+    *,
+    levels: np.ndarray = NF4_LEVELS,
 ) -> Constants:
     """Level 0: a block's scale is its largest magnitude, as in QLoRA (arXiv 2305.14314, section 3)."""
     codes: np.ndarray | None = None
@@ -90,7 +102,14 @@ def encode_absmax(
         chunk_codes = codes[: -(-values.size // 2)]
         chunk_scales = scales[start // BLOCK : -(-(start + values.size) // BLOCK)]
         try:
-            quantize_codes(values, source.dtype, codes=chunk_codes, absmax=chunk_scales, threads=threads())
+            quantize_codes(
+                values,
+                source.dtype,
+                levels=levels,
+                codes=chunk_codes,
+                absmax=chunk_scales,
+                threads=threads(),
+            )
         except NonFinite as error:
             raise NonFinite(start + error.index) from None
         write_codes(start, chunk_codes)
@@ -98,7 +117,12 @@ def encode_absmax(
 
 
 def encode_search(
-    source: TensorSource, write_codes: WriteCodes, threads: Callable[[], int], scales: np.ndarray
+    source: TensorSource,
+    write_codes: WriteCodes,
+    threads: Callable[[], int],
+    scales: np.ndarray,
+    *,
+    levels: np.ndarray = NF4_LEVELS,
 ) -> Constants:
     """Level 1: scales of either sign that lose least, see `nf4format.blocks.quantize_search`."""
     num_blocks = -(-source.num_values // BLOCK)
@@ -111,7 +135,7 @@ def encode_search(
         chunk_codes = codes[: -(-values.size // 2)]
         try:
             _, chunk_absmax, chunk_nested = quantize_search(
-                values, source.dtype, codes=chunk_codes, threads=threads()
+                values, source.dtype, levels=levels, codes=chunk_codes, threads=threads()
             )
         except NonFinite as error:
             raise NonFinite(start + error.index) from None

@@ -51,6 +51,10 @@ FIXED_METADATA: Final[dict[str, str]] = {
 }
 
 
+OTHER_LEVELS: Final = "nf4.levels"
+"""Metadata key of a file whose codes stand for other levels than NF4's; its value names them."""
+
+
 @dataclass(frozen=True)
 class PackedSpec:
     """A weight to be stored as NF4: its name, logical shape and the dtype it decodes to."""

@@ -6,9 +6,15 @@ table 2), and any table of one's own: a file holds the levels of its weights, an
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import numpy as np
 
 from .codebook import NF4_LEVELS, NF4_THRESHOLDS
+from .errors import FormatError
+
+_MAX_FILE_BYTES = 64 << 10
 
 
 def _symmetric(magnitudes: list[float]) -> np.ndarray:
@@ -27,6 +33,46 @@ LEVELS: dict[str, np.ndarray] = {
 }
 """float32 [16] each, ascending: 4-bit NormalFloat; floating point with 2 bits of exponent and 1 of mantissa
 (E2M1), and with 3 of exponent (E3M0); integers -7 to 7. The last three have 15 values: zero has two codes."""
+
+
+def read_levels(path: str | os.PathLike[str]) -> np.ndarray:
+    """Levels of one's own: a text file of 16 numbers in any order, between spaces, commas or line ends.
+
+    They are sorted and divided by the largest magnitude. What stands between `#` and the end of a line is
+    not read.
+
+    Raises:
+        FormatError: the file cannot be read, or holds something else.
+    """
+    remedy = "write 16 numbers, some below and some above zero"
+    try:
+        with Path(path).open("rb") as file:
+            data = file.read(_MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise FormatError(path, error.strerror or str(error), remedy=remedy) from error
+    if len(data) > _MAX_FILE_BYTES:
+        raise FormatError(path, "too large for a table of levels", remedy=remedy)
+    lines = data.decode("utf-8", "replace").splitlines()
+    words = " ".join(line.partition("#")[0] for line in lines).replace(",", " ").split()
+    try:
+        values = np.array([float(word) for word in words])
+    except ValueError as error:
+        raise FormatError(
+            path, "not a number among the levels", got=ascii(str(error))[:80], remedy=remedy
+        ) from error
+    if values.size != 16:
+        raise FormatError(
+            path, "not a table of levels", expected="16 numbers", got=values.size, remedy=remedy
+        )
+    largest = np.abs(values).max()
+    if not np.isfinite(largest) or largest == 0:
+        raise FormatError(path, "levels", expected="finite values, not all zero", got=largest, remedy=remedy)
+    levels = (np.sort(values / largest) + 0.0).astype(np.float32)
+    try:
+        check_levels(levels)
+    except ValueError as error:
+        raise FormatError(path, str(error), remedy=remedy) from error
+    return levels
 
 
 def check_levels(levels: np.ndarray) -> None:

@@ -22,12 +22,14 @@ from .header import Header, TensorEntry, tensor_bytes, valid_name
 from .layout import (
     COMPANIONS,
     FIXED_METADATA,
+    OTHER_LEVELS,
     PAD_PREFIX,
     PAGE,
     QUANT_STATE,
     RESERVED,
     companion_shapes,
 )
+from .levels import check_levels
 from .strictjson import parse_object
 from .sums import SUMS_NAME
 
@@ -59,7 +61,7 @@ class PackedState:
 
 @dataclass(frozen=True)
 class Profile:
-    """The meaning of a file's tensors; names in file order."""
+    """The meaning of a file's tensors; names in file order. other_levels: weights with levels not NF4's."""
 
     packed: dict[str, PackedState]
     kept: tuple[str, ...]
@@ -67,6 +69,7 @@ class Profile:
     files: tuple[str, ...]
     aliases: dict[str, str]
     config: dict[str, Any]
+    other_levels: frozenset[str]
 
 
 def check_profile(
@@ -78,7 +81,7 @@ def check_profile(
     tensors.
 
     Args:
-        allow_maps: accept other level tables and nested maps, as long as they are finite.
+        allow_maps: accept any level tables and nested maps, as long as they are finite.
 
     Raises:
         FormatError: with the tensor's name and the values.
@@ -102,12 +105,14 @@ def check_profile(
     )
     constants = [entries[weight + s] for weight in packed_names for s in COMPANIONS if s != ".absmax"]
     pads = [entries[key] for key in special if key.startswith(PAD_PREFIX)]
-    packed = _check_constants(_read_runs(fd, [*constants, *pads], name), entries, allow_maps, refuse)
+    contents = _read_runs(fd, [*constants, *pads], name)
+    declared_levels = OTHER_LEVELS in header.metadata
+    packed, other_levels = _check_constants(contents, entries, allow_maps, declared_levels, refuse)
     in_order = {key: packed[key] for key in entries if key in packed}
     stored = frozenset(kept) | packed_set
     config = _check_config(fd, header, name, refuse)
     aliases = _check_aliases(header.metadata, stored, entries, refuse)
-    return Profile(in_order, kept, frozenset(kept), files, aliases, config)
+    return Profile(in_order, kept, frozenset(kept), files, aliases, config, other_levels)
 
 
 def check_metadata(header: Header, name: str | os.PathLike[str]) -> None:
@@ -198,9 +203,12 @@ def _check_constants(
     contents: Iterable[tuple[TensorEntry, memoryview]],
     entries: dict[str, TensorEntry],
     allow_maps: bool,
+    declared_levels: bool,
     refuse: Callable[..., NoReturn],
-) -> dict[str, PackedState]:
+) -> tuple[dict[str, PackedState], frozenset[str]]:
+    """The packed weights' states, and which of them have other levels than NF4's."""
     states: dict[str, PackedState] = {}
+    other_levels: set[str] = set()
     largest: dict[str, float] = {}
     maps = {".nested_quant_map": NESTED_MAP.tobytes(), ".quant_map": NF4_LEVELS.tobytes()}
     for entry, data in contents:
@@ -216,13 +224,26 @@ def _check_constants(
             largest[weight] = max(largest.get(weight, 0.0), _check_nested_absmax(key, data, refuse))
         else:
             suffix = ".nested_quant_map" if key.endswith(".nested_quant_map") else ".quant_map"
-            if data != maps[suffix] and not (allow_maps and _all_finite(data)):
+            if data == maps[suffix]:
+                continue
+            if suffix == ".quant_map" and declared_levels and not allow_maps:
+                _check_other_levels(key, data, refuse)
+            elif not (allow_maps and _all_finite(data)):
                 refuse(f"not the {suffix[1:]} of NF4", tensor=key, got=_first_difference(data, maps[suffix]))
+            if suffix == ".quant_map":
+                other_levels.add(key.removesuffix(suffix))
     for weight, state in states.items():
         bound = largest[weight] * float(np.abs(NESTED_MAP).max()) + abs(state.nested_offset)
         if bound > float(np.finfo(np.float32).max):
             refuse("its scales overflow fp32", tensor=weight, got=bound)
-    return states
+    return states, frozenset(other_levels)
+
+
+def _check_other_levels(key: str, data: memoryview, refuse: Callable[..., NoReturn]) -> None:
+    try:
+        check_levels(np.frombuffer(data, np.float32))
+    except ValueError as error:
+        refuse(f"not a table of levels: {error}", tensor=key)
 
 
 def _check_quant_state(

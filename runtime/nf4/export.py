@@ -41,9 +41,17 @@ def export_bnb(file: Nf4File, out: str | os.PathLike[str], *, replace: bool = Fa
         Whether model.safetensors is a hard link; else it is a copy, as across file systems.
 
     Raises:
-        LoadError: the file packs something that transformers loads only in 16 bits.
+        LoadError: the file packs something that transformers loads only in 16 bits, or has other levels.
         WriteError: the directory cannot be written.
     """
+    if file.other_levels:
+        raise LoadError(
+            file.path,
+            "bitsandbytes decodes NF4's levels alone",
+            tensor=min(file.other_levels),
+            got="a weight with other levels",
+            remedy="compile it with --levels nf4",
+        )
     config = _exported_config(file)
     with AtomicDirectory(out, replace=replace) as folder:
         is_linked = _link_or_copy(file.path, folder / WEIGHTS_NAME)

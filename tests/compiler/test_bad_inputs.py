@@ -214,9 +214,9 @@ def test_model_that_is_not_there(tmp_path: Path) -> None:
 def test_checkpoint_written_to_while_it_is_compiled(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def encode_and_touch(*arguments: object) -> Constants:
+    def encode_and_touch(*arguments: object, **options: object) -> Constants:
         os.utime(model / "model-00001-of-00002.safetensors", (1, 1))
-        return encode_search(*arguments)  # type: ignore[arg-type]
+        return encode_search(*arguments, **options)  # type: ignore[arg-type]
 
     monkeypatch.setitem(ENCODERS, 1, encode_and_touch)
     with pytest.raises(Nf4Error, match="changed while it was read"):

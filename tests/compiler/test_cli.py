@@ -134,7 +134,7 @@ def test_interrupted_leaves_nothing(model: Path, tmp_path: Path, signum: int) ->
 import itertools, os, time
 from nf4format import encode
 from qcompile import cli
-def slow(source, write_codes, threads, scales):
+def slow(source, *arguments, **options):
     for _ in itertools.count():
         next(iter(source.chunks()))
         os.write(1, b"encoding\\n")  # at once: several threads write

@@ -37,12 +37,12 @@ def _with_encoder(
 ) -> None:
     """Let the encoder change codes before they are written: (index of the first value, codes)."""
 
-    def changed(source, write_codes, threads, scales):  # type: ignore[no-untyped-def]
+    def changed(source, write_codes, *arguments, **options):  # type: ignore[no-untyped-def]
         def write(start: int, codes: np.ndarray) -> None:
             change(start, codes)
             write_codes(start, codes)
 
-        return encoder(source, write, threads, scales)
+        return encoder(source, write, *arguments, **options)
 
     encoder = encode.ENCODERS[level]
     monkeypatch.setitem(encode.ENCODERS, level, changed)

@@ -45,6 +45,24 @@ def test_other_maps_only_when_allowed(draft: MakeDraft, tmp_path: Path) -> None:
         Nf4File.open(tmp_path / "map.nf4", allow_maps=True)
 
 
+def test_other_levels_when_the_metadata_declare_them(draft: MakeDraft, tmp_path: Path) -> None:
+    other = draft()
+    keys = ["format", "nf4.version", *sorted({*other.metadata, "nf4.levels"} - {"format", "nf4.version"})]
+    other.metadata = {key: other.metadata.get(key, "custom") for key in keys}
+    other.write(tmp_path / "map.nf4")
+    with Nf4File.open(tmp_path / "map.nf4") as file:
+        assert not file.other_levels
+    other.tensors[X + ".quant_map"] = altered(NF4_LEVELS, 3, -0.4)
+    other.write(tmp_path / "map.nf4")
+    with Nf4File.open(tmp_path / "map.nf4") as file:
+        assert file.other_levels == {X}
+    for value, message in ((np.nan, "finite"), (-0.6, "ascending")):
+        other.tensors[X + ".quant_map"] = altered(NF4_LEVELS, 3, value)
+        other.write(tmp_path / "map.nf4")
+        with pytest.raises(FormatError, match=f"quant_map': not a table of levels: .*{message}"):
+            Nf4File.open(tmp_path / "map.nf4")
+
+
 def test_table_of_another_layout(pack: Callable[..., Path]) -> None:
     """A table that is sound in itself, but counts other chunks."""
     path = pack()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 
+import numpy as np
 import pytest
 import torch
 
@@ -188,6 +189,23 @@ def test_packed_experts_are_refused(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").train()
     assert type(model.model.layers[0].self_attn.q_proj).__name__ == "Linear4bit"
     assert model(IDS.to(model.device)).logits.isfinite().all()
+
+
+def test_other_levels_run_here_and_are_not_exported(make_packed, tmp_path):
+    """The runtime decodes by the file's own table; bitsandbytes would take NF4's."""
+    import nf4
+
+    path = make_packed("llama", options={"levels": "int4"})
+    with Nf4File.open(path) as file:
+        with pytest.raises(LoadError, match="bitsandbytes decodes NF4's levels alone"):
+            export_bnb(file, tmp_path / "out")
+        name = "model.layers.0.mlp.up_proj.weight"
+        packed = file.packed(name)
+        x = torch.randn(5, packed.shape[1], generator=torch.Generator().manual_seed(0))
+        expected = reference.linear(x.double().numpy(), packed)
+    assert not (tmp_path / "out").exists()
+    layer = nf4.load(path, dtype="float32").get_submodule(name.removesuffix(".weight"))
+    np.testing.assert_allclose(layer(x).detach().numpy(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_transposed_weights_are_refused(make_packed, tmp_path):
