@@ -150,7 +150,7 @@ def _packed(packed: PackedTensor, source: _Reader, encode: Encoder, threads: int
     codes = _Codes(packed)
     scales = np.empty(packed.absmax.size, np.float32)
     try:
-        constants = encode(source, codes, lambda: threads, scales)
+        constants = encode(source, codes, lambda: threads, scales, levels=packed.quant_map)
     except NonFinite as error:
         return f"the checkpoint has a value that is not finite, at {error.index} (flat index)"
     parts = []

@@ -20,6 +20,7 @@ from .codebook import BLOCK, NESTED_BLOCK, NESTED_MAP
 from .container import Nf4File
 from .dtypes import DTYPE_OF_SAFETENSORS
 from .errors import FormatError
+from .levels import thresholds_of
 from .strictjson import parse_json, parse_object
 from .sums import Progress
 
@@ -101,8 +102,9 @@ def audit(file: Nf4File, progress: Progress | None = None) -> Iterator[Finding]:
 
 
 def _packed(packed: PackedTensor, is_absmax: bool) -> Iterator[str]:
-    if packed.size % 2 and packed.codes[-1] & 15 != _ZERO_CODE:
-        yield f"the spare half of the last byte of codes is {packed.codes[-1] & 15}, expected {_ZERO_CODE}"
+    spare, zero = packed.codes[-1] & 15, int(np.searchsorted(thresholds_of(packed.quant_map), np.float32(0)))
+    if packed.size % 2 and spare != zero:
+        yield f"the spare half of the last byte of codes is {spare}, expected {zero}"
     found: dict[str, str] = {}
     total, num_blocks = 0.0, packed.absmax.size
     for first in range(0, num_blocks, SEGMENT):
