@@ -3,7 +3,7 @@ limit of the link to the host.
 
     python tools/bench/gpu_optimizer.py --results tools/bench/results
 
-writes gpu_optimizer.json, gpu_optimizer_8bit.json, gpu_paging.json and gpu_memory_limit.json there.
+writes gpu_optimizer.json, gpu_optimizer_8bit.json and gpu_paging.json there.
 
 Parameters have the shapes of LoRA adapters of Llama-3.1-8B on all linear layers, 448 tensors. Times of steps:
 "back to back" is the mean over many calls without a pause between them, medians of several rounds, host and
@@ -16,36 +16,22 @@ from their tensors. Their steps are not captured in graphs.
 Evicted: a pool of a few pages, so that each step moves almost all state to the GPU and back. Both directions
 can move at once, so the least time is the larger of bytes in and bytes out over what pinned copies in that
 direction alone reach in the same run; copies in both directions at once are shown beside it.
-
-Memory limit: a small dense model is trained without a limit, then under one below what it needed; where
-pages must not leave the GPU the run fails, with pages that may leave it ends with the same adapter, compared
-by SHA-256 of its files.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
-import hashlib
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from unittest import mock
 
 import torch
 from report import Report, machine
 
-from nf4.errors import TrainError
-from nf4.lora import LoraConfig
-from nf4.model.config import ModelConfig
-from nf4.model.decoder import CausalLM
 from nf4.paging.optim import PagedAdamW
 from nf4.paging.pinned_arena import PinnedArena
-from nf4.training.options import TrainOptions
-from nf4.training.train import train
 
 LAYERS, HIDDEN, KEY, INTERMEDIATE = 32, 4096, 1024, 14336
 LINEARS = [
@@ -54,6 +40,7 @@ LINEARS = [
 ]  # fmt: skip
 MIB = 1 << 20
 POOL_PAGES = 8
+PARTS = ("resident", "8bit", "paged")
 
 Row = list[str | float | int | None]
 
@@ -254,88 +241,10 @@ def measure_paged(
     return [name, milliseconds, *megabytes, least / milliseconds, both / milliseconds]
 
 
-class _Bytes:
-    """A tokenizer: one id a byte."""
-
-    bos_id: int | None = 1
-    eos_ids: tuple[int, ...] = (2,)
-
-    def encode(self, text: str, special: bool = True) -> list[int]:
-        return [1] * special + [3 + byte for byte in text.encode()]
-
-
-def run_training(folder: Path, name: str, budget: int | None = None) -> tuple[str, float]:
-    """SHA-256 of the adapter's files, or the error; the most memory allocated, bytes."""
-    config = ModelConfig.from_dict(
-        {
-            "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 1024,
-            "intermediate_size": 2816, "num_hidden_layers": 4, "num_attention_heads": 8,
-            "num_key_value_heads": 8, "vocab_size": 320, "max_position_embeddings": 1024,
-            "rms_norm_eps": 1e-6, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-            "hidden_act": "silu", "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
-            "dtype": "bfloat16",
-        }
-    )  # fmt: skip
-    torch.manual_seed(0)
-    torch.cuda.reset_peak_memory_stats()
-    model = CausalLM(config).to("cuda", torch.bfloat16)
-    text = folder / "text.txt"
-    text.write_text("".join(f"{n} squared is {n * n}. " for n in range(6000)))
-    options = TrainOptions(
-        data=(text,), out=folder / name, lora=LoraConfig(rank=512, alpha=512, dropout=0.05), steps=8,
-        warmup=2, batch=4, accumulate=2, seq_len=256, page_budget=budget,
-    )  # fmt: skip
-    failure = ""
-    try:
-        train(model, _Bytes(), options)
-    except TrainError as error:
-        failure = f"fails: {error}"
-    del model  # after the handler: its traceback holds the model, too
-    gc.collect()
-    torch.cuda.empty_cache()
-    most = torch.cuda.max_memory_allocated()
-    if failure:
-        return failure, most
-    digest = hashlib.sha256()
-    for path in sorted(options.out.iterdir()):
-        digest.update(path.read_bytes())
-    return digest.hexdigest(), most
-
-
-def _compared(result: str, expected: str) -> str:
-    return f"{'the same adapter' if result == expected else 'another result'}: {result[:60]}"
-
-
-def measure_limit() -> list[Row]:
-    rows: list[Row] = []
-    total = torch.cuda.mem_get_info()[1]
-    try:
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            free, most = run_training(folder, "free")
-            rows.append(["no limit, all resident", most / MIB, None, free[:16]])
-            again, _ = run_training(folder, "again")
-            rows.append(["the same again", None, None, _compared(again, free)])
-            limit = most - 100 * MIB  # a third of the optimizer state
-            torch.cuda.set_per_process_memory_fraction(limit / total)
-            with mock.patch.object(PagedAdamW, "release_memory", lambda optimizer: 0):
-                result, most = run_training(folder, "unpaged")
-                rows.append(["limit, nothing may leave", most / MIB, limit / MIB, result.partition(",")[0]])
-            for title, budget in (("limit, pages leave under pressure", None), ("limit, 64 MiB", 64 * MIB)):
-                result, most = run_training(folder, f"paged{budget}", budget)
-                rows.append([title, most / MIB, limit / MIB, _compared(result, free)])
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
-    return rows
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--results", type=Path, help="directory for the tables")
-    parser.add_argument(
-        "--parts", nargs="+", default=["resident", "8bit", "paged", "limit"],
-        choices=["resident", "8bit", "paged", "limit"],
-    )  # fmt: skip
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     arguments = parser.parse_args()
     copy, rates = copy_limit(), link_limits()
     torch.cuda.empty_cache()  # or what stays for good settles in the middle of a large free block
@@ -388,15 +297,6 @@ def main() -> None:
             ],
         )
         finish("gpu_paging", report)
-    if "limit" in arguments.parts:
-        report = Report(
-            "Training under a memory limit",
-            ["run", "most allocated MiB", "limit MiB", "result"],
-            measure_limit(),
-            facts,
-            ["Results: SHA-256 over the adapter's files. nf4 train asks torch for deterministic algorithms."],
-        )
-        finish("gpu_memory_limit", report)
 
 
 if __name__ == "__main__":

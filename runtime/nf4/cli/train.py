@@ -62,7 +62,8 @@ class _TrainCommand(click.Command):
 
 def _defaults() -> dict[str, Any]:
     """Of every option, by key."""
-    return given_options(train_options({"data": (), "out": Path()}))
+    defaults = given_options(train_options({"data": (), "out": Path()}))
+    return {key: value for key, value in defaults.items() if key != "out"}  # which has none
 
 
 def _shown(value: Any) -> str:
