@@ -113,7 +113,7 @@ def _packed(packed: PackedTensor, is_absmax: bool) -> Iterator[str]:
         for kind, problem in _segment(packed, first, scales, errors, is_absmax):
             found.setdefault(kind, problem)
     if is_absmax:
-        # The offset is the mean of the scales; of those that the codes stand for, up to the codes' errors.
+        # The offset is the mean of the scales; also of those that their codes stand for, up to their errors.
         mean = total / num_blocks
         allowed = SCALE_ERROR * float(packed.nested_absmax.max()) + 1e-6 * abs(packed.nested_offset) + _TINY
         if abs(mean - packed.nested_offset) > allowed:
@@ -140,13 +140,19 @@ def _segment(
         yield "scale", f"the scale of block {first + bad[0]} is {got}: it decodes to infinite {packed.dtype}"
     if not is_absmax:
         return
+    bad = np.flatnonzero(scales < -(errors * np.float32(1.01) + np.float32(_TINY)))
+    if bad.size:
+        yield (
+            "sign",
+            f"the scale of block {first + bad[0]} is {scales[bad[0]]}, and magnitudes are not negative",
+        )
     begin, end = first * BLOCK // 2, min((first + scales.size) * BLOCK // 2, packed.codes.size)
     codes = packed.codes[begin:end]
     padded = np.full(scales.size * BLOCK // 2, _ZEROS, np.uint8)
     padded[: codes.size] = codes
     reaches = _REACHES_END[padded].reshape(scales.size, BLOCK // 2).any(axis=1)
     # Not reaching the end is right for a block of zeros, and near the smallest numbers.
-    bad = np.flatnonzero(~reaches & (np.abs(scales) > errors + _TINY))
+    bad = np.flatnonzero(~reaches & (np.abs(scales) > errors * np.float32(1.01) + np.float32(_TINY)))
     if bad.size:
         got = scales[bad[0]]
         yield "codes", f"no code of block {first + bad[0]} reaches the end of the range, at a scale of {got}"

@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,38 @@ def test_numbers_out_of_range_are_refused(file: int) -> None:
     for begin, end in ((-1, 5), (6, 5)):
         with pytest.raises(ValueError, match=f"ranges: expected 0 <= begin <= end, got {begin} to {end}"):
             _native.hash_ranges(file, [(begin, end)], 1)
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_chunks_into_memory(file: int, threads: int) -> None:
+    begin, end, chunk = 100, 2_900_000, 1 << 20
+    memory = np.zeros(end - begin + 64, np.uint8)
+    cuts = [*range(begin, end, chunk), end]
+    sums = [xxhash.xxh3_64_intdigest(CONTENT[a:b]) for a, b in pairwise(cuts)]
+    table = np.array(sums, np.uint64).tobytes()
+    for given in (table, b""):
+        memory[:] = 0
+        address = memory.ctypes.data
+        assert _native.read_chunks(file, begin, end, chunk, given, address, threads) is None
+        assert memory[: end - begin].tobytes() == CONTENT[begin:end]
+        assert not memory[end - begin :].any()
+    wrong = table[:8] + bytes(8) + table[16:]
+    failure = _native.read_chunks(file, begin, end, chunk, wrong, memory.ctypes.data, threads)
+    assert failure == ("damaged", 1, 0)
+    failure = _native.read_chunks(file, begin, begin, chunk, b"", 0, threads)
+    assert failure is None
+    big = np.zeros(4_000_000, np.uint8)
+    failure = _native.read_chunks(file, 0, 4_000_000, 4_000_000, b"", big.ctypes.data, threads)
+    assert failure == ("ended", 0, 3_000_000)
+    for arguments, message in [
+        ((file, 5, 4, chunk, b"", 0, 1), "range: expected 0 <= begin <= end"),
+        ((file, 0, 4, 0, b"", 0, 1), "in chunks of at least 1 byte"),
+        ((file, 0, 4, 4, b"1234567", 0, 1), "sums: expected none or 8 bytes, got 7"),
+        ((file, 0, 4, 4, bytes(16), 0, 1), "sums: expected none or 8 bytes, got 16"),
+        ((file, 0, 4, 4, b"", 0, 0), "threads: expected at least 1"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            _native.read_chunks(*arguments)
 
 
 def test_a_file_that_ends_early(file: int) -> None:

@@ -222,6 +222,42 @@ def test_cut_short_while_open_is_an_exception_without_mmap(pack: Pack) -> None:
             file.verify()
 
 
+def test_weights_read_at_once(pack: Pack) -> None:
+    """The same bytes as mapped ones, in memory that the file no longer matters for."""
+    path = pack(kept=[KeptSpec("big", "U8", (9 << 20,)), KeptSpec("norm", "F32", (5,))], aliases={})
+    with Nf4File.open(path) as mapped, Nf4File.open(path, mmap=False) as file:
+        expected = {name: mapped.packed(name).codes.tobytes() for name in mapped.packed_names}
+        expected |= {name: mapped.kept(name)[0].tobytes() for name in mapped.kept_names}
+    for threads in (1, 3):
+        with Nf4File.open(path, mmap=False) as file:
+            file.read_weights(threads=threads)
+            arrays = {name: file.packed(name).codes for name in file.packed_names}
+            arrays |= {name: file.kept(name)[0] for name in file.kept_names}
+            for name, array in arrays.items():
+                assert array.ctypes.data % 64 == file.header.entries[name].begin % 64, (
+                    "as aligned as in a file"
+                )
+                assert file.packed(name).quant_map[15] == 1 if name in file.packed_names else True
+    os.truncate(path, 100)
+    for name, array in arrays.items():
+        assert array.tobytes() == expected[name]
+
+
+def test_weights_that_are_damaged_are_not_read(pack: Pack) -> None:
+    path = pack(kept=[KeptSpec("big", "U8", (9 << 20,)), KeptSpec("norm", "F32", (5,))], aliases={})
+    with Nf4File.open(path) as file:
+        begin = file.header.entries["big"].begin
+    flip(path, begin + (6 << 20))
+    with Nf4File.open(path, mmap=False) as file:
+        with pytest.raises(FormatError, match=r"data is damaged \(bytes \d+ to \d+\), which hold big; fetch"):
+            file.read_weights()
+        file.read_weights(check=False)
+        assert file.kept("big")[0].size == 9 << 20
+        os.truncate(path, 2 << 20)
+        with pytest.raises(FormatError, match="cut short while in use"):
+            file.read_weights(check=False)
+
+
 def test_replaced_while_open_keeps_the_old_content(pack: Pack) -> None:
     path = pack()
     with Nf4File.open(path) as file:

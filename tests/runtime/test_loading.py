@@ -136,6 +136,49 @@ def test_arguments_out_of_range(make_packed, tmp_path):
         nf4.load(tmp_path / "nothing.nf4")
 
 
+def _damage(path: Path, name: str) -> None:
+    with Nf4File.open(path) as file:
+        begin = file.header.entries[name].begin
+    with path.open("r+b") as out:
+        out.seek(begin)
+        byte = out.read(1)[0]
+        out.seek(begin)
+        out.write(bytes([byte ^ 1]))
+
+
+def test_sums_are_compared_where_bytes_are_read_unless_told_otherwise(make_packed):
+    path = make_packed("llama")
+    whole = nf4.load(path, mmap=False)(IDS)
+    _damage(path, "model.layers.0.mlp.up_proj.weight")
+    assert not torch.equal(nf4.load(path)(IDS), whole)  # mapped: not read
+    assert not torch.equal(nf4.load(path, mmap=False, verify=False)(IDS), whole)
+    for arguments in ({"verify": True}, {"mmap": False}, {"mmap": False, "verify": True}):
+        with pytest.raises(Nf4Error, match=r"data is damaged .*fetch the file again"):
+            nf4.load(path, **arguments)
+
+
+def test_a_file_that_ends_while_it_is_loaded(make_packed, monkeypatch):
+    path = make_packed("llama")
+    original = Nf4File.read_weights
+
+    def cut(self, **options):
+        with path.open("r+b") as file:
+            file.truncate(20000)
+        return original(self, **options)
+
+    monkeypatch.setattr(Nf4File, "read_weights", cut)
+    with pytest.raises(FormatError, match=r"the file ends while .*cut short while in use"):
+        nf4.load(path, mmap=False)
+
+
+def test_read_weights_outlive_the_file(make_packed):
+    path = make_packed("llama")
+    model = nf4.load(path, mmap=False)
+    whole = model(IDS)
+    path.write_bytes(b"")
+    assert torch.equal(model(IDS), whole)
+
+
 def test_package_import_waits_for_torch_until_it_is_needed():
     code = "import nf4, sys; assert 'torch' not in sys.modules; nf4.load; assert 'torch' in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -106,17 +106,22 @@ class Draft:
             for name, entry in header.entries.items()
         }
         self.page = PAGE
-        self._state = weight + QUANT_STATE
+        self._weight = weight
         self.fresh_sums = True
 
     def state(self, **changes: object) -> None:
         """Change fields of the weight's quant_state; a field set to ... is removed."""
-        fields = json.loads(self.tensors[self._state][2]) | changes
-        kept = {key: value for key, value in fields.items() if value is not ...}
-        self.state_text(json.dumps(kept).encode())
+        self.state_of(self._weight, **changes)
+
+    def state_of(self, weight: str, **changes: object) -> None:
+        """As `state`, of any weight."""
+        name = weight + QUANT_STATE
+        fields = json.loads(self.tensors[name][2]) | changes
+        text = json.dumps({key: value for key, value in fields.items() if value is not ...}).encode()
+        self.tensors[name] = ("U8", [len(text)], text)
 
     def state_text(self, text: bytes) -> None:
-        self.tensors[self._state] = ("U8", [len(text)], text)
+        self.tensors[self._weight + QUANT_STATE] = ("U8", [len(text)], text)
 
     def move(self, name: str, before: str) -> None:
         tensor = self.tensors.pop(name)
