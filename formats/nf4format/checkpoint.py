@@ -20,13 +20,13 @@ from .embedded import CONFIG_FILE, EMBEDDED_FILES, FILE_LIMITS
 from .errors import FormatError
 from .files import open_regular, os_error, read_capped
 from .header import MAX_NAME_BYTES, MAX_TENSORS, read_header, valid_name
-from .strictjson import parse_object
+from .strictjson import MAX_CONFIG_VALUES, parse_object
 
 __all__ = ["EMBEDDED_FILES", "Checkpoint", "SourceTensor"]
 
 SINGLE_FILE: Final = "model.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"
-MAX_INDEX_BYTES: Final = 64 << 20  # 200,000 tensors with long names
+MAX_INDEX_BYTES: Final = 32 << 20  # 200,000 tensors with long names
 MAX_SHARDS: Final = 1000
 
 _REDOWNLOAD: Final = "download it again"
@@ -181,9 +181,9 @@ class Checkpoint:
             return None
         if INDEX_FILE not in listing:
             _no_weights(self.path, listing)
-        index = self._json(INDEX_FILE, MAX_INDEX_BYTES)
-        weight_map = index.get("weight_map")
         path = self.path / INDEX_FILE
+        index = self._json(INDEX_FILE, MAX_INDEX_BYTES, most_keys=MAX_TENSORS + 1000)
+        weight_map = index.get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             got = type(weight_map).__name__
             raise FormatError(path, "weight_map", expected="a non-empty object", got=got, remedy=_REDOWNLOAD)
@@ -214,7 +214,9 @@ class Checkpoint:
                 with self._opened(name) as fd:
                     self.files[name] = read_capped(fd, FILE_LIMITS[name], self.path / name)
         try:
-            self.config = parse_object(self.files[CONFIG_FILE], allow_infinity=True)
+            self.config = parse_object(
+                self.files[CONFIG_FILE], allow_infinity=True, most_values=MAX_CONFIG_VALUES
+            )
         except ValueError as error:
             raise FormatError(self.path / CONFIG_FILE, str(error), remedy=_REDOWNLOAD) from error
 
@@ -251,9 +253,14 @@ class Checkpoint:
                 remedy = f"remove it or fetch the {INDEX_FILE} that belongs to it"
                 raise FormatError(self.path / name, f"a shard that {INDEX_FILE} does not list", remedy=remedy)
 
-    def _json(self, name: str, max_bytes: int) -> dict[str, Any]:
+    def _json(self, name: str, max_bytes: int, *, most_keys: int) -> dict[str, Any]:
         with self._opened(name) as fd:
             data = read_capped(fd, max_bytes, self.path / name)
+        count = data.count(b'":')  # before it becomes objects, which take several times the memory
+        if count > most_keys:
+            remedy = "fuse the experts of a layer into one tensor"
+            expected = f"at most {MAX_TENSORS} tensors"
+            raise FormatError(self.path / name, "too many keys", expected=expected, got=count, remedy=remedy)
         try:
             return parse_object(data)
         except ValueError as error:

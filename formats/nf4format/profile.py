@@ -30,7 +30,7 @@ from .layout import (
     companion_shapes,
 )
 from .levels import check_levels
-from .strictjson import parse_object
+from .strictjson import MAX_CONFIG_VALUES, parse_object
 from .sums import SUMS_NAME
 
 MAX_PAD_BYTES: Final = PAGE
@@ -307,7 +307,7 @@ def _check_config(
         problem = "does not match nf4.config_sha256 of the metadata"
         refuse(problem, tensor=entry.name, expected=header.metadata["nf4.config_sha256"], got=digest)
     try:
-        return parse_object(data, allow_infinity=True)
+        return parse_object(data, allow_infinity=True, most_values=MAX_CONFIG_VALUES)
     except ValueError as error:
         refuse(str(error), tensor=entry.name)
 

@@ -8,6 +8,7 @@ import re
 from typing import Any, Final
 
 MAX_NESTING: Final = 64
+MAX_CONFIG_VALUES: Final = 500_000  # in a configuration; real ones have thousands
 MAX_DIGITS: Final = 1000  # tokenizer configs really hold 10^30; many more digits cost quadratic time
 _LONG_DIGITS: Final = b"0" * MAX_DIGITS
 _DIGITS_AS_ZERO: Final = bytes(0x30 if 0x30 <= byte <= 0x39 else 0x20 for byte in range(256))
@@ -20,7 +21,9 @@ _ESCAPE: Final = re.compile(
 )
 
 
-def parse_json(data: bytes, *, limit_nesting: bool = True, allow_infinity: bool = False) -> Any:
+def parse_json(
+    data: bytes, *, limit_nesting: bool = True, allow_infinity: bool = False, most_values: int | None = None
+) -> Any:
     """The value of a JSON text (RFC 8259, UTF-8, no byte order mark).
 
     Args:
@@ -28,10 +31,14 @@ def parse_json(data: bytes, *, limit_nesting: bool = True, allow_infinity: bool 
             is the bound, and the caller checks the shape of what it gets.
         allow_infinity: take Infinity and -Infinity, which Python writes and config.json of some state-space
             models holds (time_step_limit). NaN is refused all the same: no setting can mean it.
+        most_values: refuse texts with more commas, colons and brackets, before they become objects, which may
+            take thirty times the memory of the text.
 
     Raises:
         ValueError: with a short reason; the caller adds the file's name.
     """
+    if most_values is not None and sum(data.count(mark) for mark in b",:[{") > most_values:
+        raise ValueError(f"more than {most_values} commas, colons and brackets")
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -57,9 +64,11 @@ def parse_json(data: bytes, *, limit_nesting: bool = True, allow_infinity: bool 
     return value
 
 
-def parse_object(data: bytes, *, allow_infinity: bool = False) -> dict[str, Any]:
+def parse_object(
+    data: bytes, *, allow_infinity: bool = False, most_values: int | None = None
+) -> dict[str, Any]:
     """`parse_json` of a text that must be an object."""
-    value = parse_json(data, allow_infinity=allow_infinity)
+    value = parse_json(data, allow_infinity=allow_infinity, most_values=most_values)
     if not isinstance(value, dict):
         raise ValueError(f"expected a JSON object, got {type(value).__name__}")
     return value

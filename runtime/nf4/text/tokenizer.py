@@ -18,6 +18,7 @@ from ..errors import LoadError
 
 Span = tuple[int, int]
 
+_MAX_VALUES = 4_000_000  # in a tokenizer_config.json, where tokens that were added stand one by one
 _REPLACEMENT = "\ufffd"  # what decoders print for bytes that are not (yet) valid UTF-8
 
 
@@ -260,7 +261,7 @@ def _parse(file: Nf4File, name: str) -> Mapping[str, Any]:
     if name not in file.file_names:
         return {}
     try:
-        return parse_object(file.file(name), allow_infinity=True)
+        return parse_object(file.file(name), allow_infinity=True, most_values=_MAX_VALUES)
     except ValueError as error:
         remedy = "correct it in the checkpoint and compile that again"
         raise LoadError(file.path, f"embedded file {name}: {error}", remedy=remedy) from error

@@ -88,7 +88,7 @@ ROWS: dict[str, str] = {
     "index entries": (
         "`../`, absolute, folder, backslash, NUL, URL, pickle, number, 300 characters, control characters"
     ),
-    "index content": "not JSON, a list, empty, duplicate keys, 250,000 tensors, 2000 shards, 1 TB",
+    "index content": "not JSON, a list, empty, duplicate keys, 10^6 tensors, 2000 shards, 1 TB",
     "index and shards": (
         "a shard missing, unlisted, of another version; a tensor in two shards or none; both layouts"
     ),
@@ -134,6 +134,7 @@ class Case:
         says: what each message must match; None where the input is accepted.
         around: what to do while each command runs.
         writes: what may be new in the folder afterwards.
+        not_root: root may do it, and the case says nothing then.
     """
 
     row: str
@@ -143,6 +144,7 @@ class Case:
     says: str | None
     around: Callable[[Path], AbstractContextManager[object]] = lambda _: nullcontext()
     writes: frozenset[str] = frozenset()
+    not_root: bool = False
 
     @property
     def id(self) -> str:

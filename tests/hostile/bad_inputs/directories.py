@@ -204,7 +204,15 @@ BAD: dict[str, tuple[Edit, str]] = {
     ),
     "index of 250,000 entries": (
         write(INDEX, json.dumps({"weight_map": dict.fromkeys(map(str, range(250_000)), SHARDS[0])})),
-        f"/{INDEX}: weight_map, expected at most 200000 tensors, got 250000",
+        f"/{INDEX}: too many keys, expected at most 200000 tensors, got 250001",
+    ),
+    "index of 200,500 entries": (
+        write(INDEX, json.dumps({"weight_map": dict.fromkeys(map(str, range(200_500)), SHARDS[0])})),
+        f"/{INDEX}: weight_map, expected at most 200000 tensors, got 200500",
+    ),
+    "index of 10^6 entries": (
+        write(INDEX, '{"weight_map":{' + ",".join(f'"{i}":"a.safetensors"' for i in range(10**6)) + "}}"),
+        f"/{INDEX}: too many keys, expected at most 200000 tensors, got 1000001",
     ),
     "index of 2000 shards": (
         write(INDEX, json.dumps({"weight_map": {str(i): f"{i}.safetensors" for i in range(2000)}})),
@@ -227,6 +235,10 @@ BAD: dict[str, tuple[Edit, str]] = {
         "/config.json: key 'a' appears twice",
     ),
     "config nested deeply": (write("config.json", '{"a":' * 10_000 + "1" + "}" * 10_000), "deeper than 64"),
+    "config of 5 million lists": (
+        write("config.json", b'{"a":[' + b"[]," * 5_000_000 + b"[]]}"),
+        "/config.json: more than 500000 commas, colons and brackets",
+    ),
     "config a string": (write("config.json", '"llama"'), "/config.json: expected a JSON object, got str"),
     "config not UTF-8": (write("config.json", b'{"a": "\xff"}'), "/config.json: not UTF-8 at byte 7"),
     "config of 1 TB": (large("config.json"), "/config.json: the file is too large"),

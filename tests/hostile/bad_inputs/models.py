@@ -107,6 +107,7 @@ def _tokenizers() -> Iterator[Case]:
         ("config nested deeply", b"[" * 10**5 + b"]" * 10**5, "nested deeper"),
         ("config with NaN", b'{"x": NaN}', "NaN is not JSON"),
         ("config with duplicate keys", b'{"bos_token": "a", "bos_token": "b"}', "appears twice"),
+        ("config of 10 million lists", b'{"a":[' + b"[]," * 10**7 + b"[]]}", "more than 4000000 commas"),
         ("config a list", b"[]", "expected a JSON object, got list"),
         ("config of long digits", b'{"x": ' + b"9" * 10**6 + b"}", "1000 digits"),
     ]:

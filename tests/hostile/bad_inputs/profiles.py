@@ -225,6 +225,10 @@ BAD: dict[str, tuple[Edit, str]] = {
     "config changed": (config(b"{}", honest=False), "config.json': does not match nf4.config_sha256"),
     "config not JSON": (config(b"{hidden_size: 64}"), "config.json': not JSON at character 1"),
     "config with NaN": (config(b'{"rope_theta": NaN}'), "NaN is not JSON"),
+    "config of 5 million lists": (
+        config(b'{"a":[' + b"[]," * 5_000_000 + b"[]]}"),
+        "more than 500000 commas",
+    ),
     "config a list": (config(b"[]"), "expected a JSON object, got list"),
     "config nested 10^4": (config(b"[" * 10_000 + b"]" * 10_000), "deeper than 64"),
     "aliases not JSON": (metadata(aliases="{"), "metadata nf4.aliases: not JSON"),
