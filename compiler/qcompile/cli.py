@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+from pathlib import Path
 from types import FrameType
 
 import click
@@ -14,17 +15,19 @@ from nf4format.atomic import write_bytes
 from nf4format.encode import ENCODERS
 from nf4format.errors import Nf4Error
 from nf4format.levels import LEVELS
+from nf4format.resumable import partial_path
 
 from .options import CompileOptions
 from .pipeline import compile_checkpoint, plan_checkpoint
 from .report import check_report_path, write_report
-from .summary import plan_json, plan_text
+from .summary import CompileSummary, plan_json, plan_text
 
 _EXAMPLES = """\b
 Examples:
   qcompile Llama-3.1-8B llama.nf4 --dry-run        show the plan, write nothing
   qcompile Llama-3.1-8B llama.nf4                  compile
   qcompile Llama-3.1-8B llama.nf4 --verify         and compare the result with the checkpoint
+  qcompile Llama-3.1-8B llama.nf4 --resume         may be stopped and repeated: goes on where it was
   qcompile Llama-3.1-8B same.nf4 -O0               the bits that bitsandbytes would make
   qcompile Llama-3.1-8B llama.nf4 --report llama.html         what became of each tensor
   qcompile Qwen3-30B-A3B moe.nf4 --exclude '*.self_attn.*'    keep attention in 16 bit
@@ -77,6 +80,12 @@ Examples:
 )
 @click.option("--force", is_flag=True, help="Replace OUT.nf4 if it exists.")
 @click.option(
+    "--resume",
+    is_flag=True,
+    help="Go on where an interrupted or killed run to the same OUT.nf4 stopped, if there was one; and when "
+    "interrupted, leave what is done. The bytes are those of a run never stopped.",
+)
+@click.option(
     "--verify", is_flag=True, help="Read the file back from the disk and compare it with the checkpoint."
 )
 @click.option(
@@ -101,6 +110,7 @@ def command(  # noqa: PLR0917 - one parameter for each option; click passes them
     jobs: int | None,
     dry_run: bool,
     force: bool,
+    resume: bool,
     verify: bool,
     json_path: str | None,
     report: str | None,
@@ -125,6 +135,7 @@ def command(  # noqa: PLR0917 - one parameter for each option; click passes them
         jobs=jobs or 0,
         force=force,
         verify=verify,
+        resume=resume,
     )
     if report:
         check_report_path(report)
@@ -133,15 +144,15 @@ def command(  # noqa: PLR0917 - one parameter for each option; click passes them
         text, data = plan_text(plan), plan_json(plan)
     else:
         hidden = quiet or not sys.stderr.isatty()
-        with tqdm(
-            disable=hidden, unit="B", unit_scale=True, desc="compile", leave=False, file=sys.stderr
-        ) as bar:
-
-            def show(num_bytes: int, total_bytes: int) -> None:
-                bar.total = total_bytes
-                bar.update(num_bytes)
-
-            summary = compile_checkpoint(model_dir, out, options, None if hidden else show)
+        before = _inode(out)
+        try:
+            summary = _compile(model_dir, out, options, hidden=hidden)
+        except KeyboardInterrupt:
+            if _inode(out) != before:
+                raise _Interrupted(f"interrupted; {out} was written") from None
+            if partial_path(Path(out)).exists():
+                raise _Interrupted("interrupted; the same command goes on from here") from None
+            raise
         if report:
             write_report(report, summary)
         text, data = summary.text(), summary.as_json()
@@ -155,6 +166,28 @@ def command(  # noqa: PLR0917 - one parameter for each option; click passes them
         click.echo(text)
 
 
+class _Interrupted(Exception):
+    """Ctrl-C or SIGTERM, and what is there now."""
+
+
+def _compile(model_dir: str, out: str, options: CompileOptions, *, hidden: bool) -> CompileSummary:
+    """Compile under a progress bar."""
+    with tqdm(disable=hidden, unit="B", unit_scale=True, desc="compile", leave=False, file=sys.stderr) as bar:
+
+        def show(num_bytes: int, total_bytes: int) -> None:
+            bar.total = total_bytes
+            bar.update(num_bytes)
+
+        return compile_checkpoint(model_dir, out, options, None if hidden else show)
+
+
+def _inode(path: str) -> int | None:
+    try:
+        return Path(path).stat().st_ino
+    except (OSError, ValueError):
+        return None
+
+
 def main() -> None:
     """Run the command line; a problem with the user's input is one line on stderr and exit status 1."""
     signal.signal(signal.SIGTERM, _stop)
@@ -162,6 +195,10 @@ def main() -> None:
         command(prog_name="qcompile", standalone_mode=False)
     except Nf4Error as error:
         _fail(str(error), 1)
+    except _Interrupted as interrupted:
+        _fail(str(interrupted), 130)
+    except MemoryError:
+        _fail("not enough memory; a smaller --jobs needs less", 1)
     except (KeyboardInterrupt, click.Abort):
         _fail("interrupted; nothing was written", 130)
     except click.ClickException as error:

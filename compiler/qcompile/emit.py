@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 
@@ -58,6 +59,8 @@ def emit_tensors(
     *,
     levels: np.ndarray = NF4_LEVELS,
     jobs: int,
+    done: Mapping[str, Emitted] = MappingProxyType({}),
+    note: Callable[[str, Emitted], None] = lambda name, emitted: None,
     progress: Progress | None = None,
 ) -> dict[str, Emitted]:
     """Write all tensors of the plan into the file.
@@ -65,6 +68,8 @@ def emit_tensors(
     Args:
         levels: what the encoder's codes stand for, float32 [16].
         jobs: number of threads.
+        done: tensors that are in the file already.
+        note: is told of each tensor written, in its thread.
 
     Returns:
         name -> what is known of it, in the plan's order.
@@ -74,13 +79,21 @@ def emit_tensors(
         FormatError: a shard cannot be read.
         OSError: the output cannot be written.
     """
+    to_do = [decision for decision in plan.decisions if decision.name not in done]
     emitter = _Emitter(checkpoint, plan, encoder, file, levels=levels, jobs=jobs, progress=progress)
-    largest_first = sorted(plan.decisions, key=lambda decision: -decision.source_bytes)
+    emitter.skip([decision for decision in plan.decisions if decision.name in done])
+    largest_first = sorted(to_do, key=lambda decision: -decision.source_bytes)
+
+    def emit(decision: Decision) -> Emitted:
+        emitted = emitter.emit(decision)
+        note(decision.name, emitted)
+        return emitted
+
     with ThreadPoolExecutor(jobs, thread_name_prefix="emit") as pool:
         futures: dict[str, Future[Emitted]] = {}
         try:
             for decision in largest_first:
-                futures[decision.name] = pool.submit(emitter.emit, decision)
+                futures[decision.name] = pool.submit(emit, decision)
             wait(futures.values(), return_when=FIRST_EXCEPTION)
         finally:  # after a failure, and after Ctrl-C, which arrives in this thread
             emitter.cancelled.set()
@@ -91,7 +104,8 @@ def emit_tensors(
     for error in failures:
         if not isinstance(error, Cancelled):
             raise error
-    return {decision.name: futures[decision.name].result() for decision in plan.decisions}
+    emitted = {name: future.result() for name, future in futures.items()} | dict(done)
+    return {decision.name: emitted[decision.name] for decision in plan.decisions}
 
 
 def emit_files(checkpoint: Checkpoint, plan: Plan, file: AtomicFile) -> None:
@@ -123,6 +137,13 @@ class _Emitter:
         self._local = threading.local()
         self._scratch = Scratch(file.path.parent)
         self._specs = {spec.name: spec for spec in plan.layout.packed}
+
+    def skip(self, decisions: Sequence[Decision]) -> None:
+        """Leave out tensors that are done."""
+        self._unfinished -= len(decisions)
+        num_bytes = sum(decision.source_bytes for decision in decisions)
+        if num_bytes:
+            self._advance(num_bytes)
 
     def emit(self, decision: Decision) -> Emitted:
         """Write one tensor."""

@@ -27,6 +27,7 @@ class CompileOptions:
         jobs: the most threads to use; 0 = one for each core this process may run on.
         force: replace an existing output.
         verify: read the written file back and compare it with the checkpoint.
+        resume: go on with what an interrupted run left, and leave it when interrupted.
     """
 
     level: int = 1
@@ -39,6 +40,7 @@ class CompileOptions:
     jobs: int = 0
     force: bool = False
     verify: bool = False
+    resume: bool = False
 
     @property
     def levels_name(self) -> str:

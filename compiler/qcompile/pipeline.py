@@ -2,13 +2,15 @@
 
     Checkpoint.open   headers of all shards, config.json, tokenizer files; no weights
     make_plan         what each tensor becomes, where it lies; all sizes are known from here on
-    AtomicFile        a temporary file beside the output, its space claimed at once
+    ResumableFile     a temporary file beside the output, its space claimed at once
+    Journal           which tensors an earlier run finished, and which this one does
     emit_tensors      one pass over the weights, in parallel
     seal              sums over what was written, then the header; until then no reader accepts the file
     verify_output     (--verify) read back from the disk and compare
     rename            the output appears, complete
 
-Whatever fails on the way, the output is as it was before.
+Whatever fails on the way, the output is as it was before. A run that is killed leaves the temporary file and
+its journal, and with `resume` so does one that is interrupted; the bytes are the same as of one run.
 """
 
 from __future__ import annotations
@@ -16,17 +18,21 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from nf4format.atomic import AtomicFile
 from nf4format.checkpoint import Checkpoint, source_hash
 from nf4format.container import seal
 from nf4format.encode import ENCODERS
+from nf4format.errors import FormatError
+from nf4format.header import PREFIX_BYTES
+from nf4format.resumable import ResumableFile
 
 from .emit import Emitted, Progress, emit_files, emit_tensors
 from .errors import CompileError
+from .journal import Journal, plan_key
 from .options import CompileOptions
 from .plan import SOURCE_HASH_KEY, Plan, make_plan
 from .policy import Decision
@@ -63,40 +69,70 @@ def compile_checkpoint(
     options = options or CompileOptions()
     started = time.perf_counter()
     jobs = options.jobs or len(os.sched_getaffinity(0))
-    encoder = partial(ENCODERS[options.level], levels=options.level_table())
     with Checkpoint.open(model_dir) as checkpoint:
         plan = make_plan(checkpoint, options)
         _check_output(Path(out), checkpoint, options)
-        with AtomicFile(out, overwrite=options.force) as file:
+        with ResumableFile(out, overwrite=options.force, resume=options.resume, keep=options.resume) as file:
+            journal = Journal(file, plan_key(checkpoint, plan, options), plan)
             file.preallocate(plan.layout.file_bytes)
-            with Writeback(file.fd):
-                emitted = emit_tensors(
-                    checkpoint,
-                    plan,
-                    encoder,
-                    file,
-                    levels=options.level_table(),
-                    jobs=jobs,
-                    progress=progress,
-                )
-                checkpoint.check_unchanged()
-                emit_files(checkpoint, plan, file)
-                sha256 = _source_sha256(checkpoint, plan, emitted)
-                seal(file, plan.layout, {SOURCE_HASH_KEY: sha256}, threads=jobs)
-            errors = {name: tensor.error for name, tensor in emitted.items() if tensor.error}
-            verify_seconds = 0.0
-            if options.verify:
-                verify_started = time.perf_counter()
-                errors = verify_output(checkpoint, plan, emitted, file, level=options.level, jobs=jobs)
-                verify_seconds = time.perf_counter() - verify_started
+            file.pwrite(bytes(PREFIX_BYTES), 0)  # no reader accepts it, if an earlier run had come so far
+            with journal, _forgetting(file, checkpoint):
+                done = journal.finished(jobs)
+                with Writeback(file.fd):
+                    emitted = emit_tensors(
+                        checkpoint,
+                        plan,
+                        partial(ENCODERS[options.level], levels=options.level_table()),
+                        file,
+                        levels=options.level_table(),
+                        jobs=jobs,
+                        done=done,
+                        note=journal.add,
+                        progress=progress,
+                    )
+                    checkpoint.check_unchanged()
+                    emit_files(checkpoint, plan, file)
+                    sha256 = _source_sha256(checkpoint, plan, emitted)
+                    seal(file, plan.layout, {SOURCE_HASH_KEY: sha256}, threads=jobs)
+                errors = {name: tensor.error for name, tensor in emitted.items() if tensor.error}
+                verify_seconds = 0.0
+                if options.verify:
+                    verify_started = time.perf_counter()
+                    errors = verify_output(checkpoint, plan, emitted, file, level=options.level, jobs=jobs)
+                    verify_seconds = time.perf_counter() - verify_started
     seconds = time.perf_counter() - started - verify_seconds
-    return _summarize(Path(out), plan, options, emitted, errors=errors, source_sha256=sha256, seconds=seconds)
+    return _summarize(
+        Path(out),
+        plan,
+        options,
+        emitted,
+        resumed=done.keys(),
+        errors=errors,
+        source_sha256=sha256,
+        seconds=seconds,
+    )
 
 
 def plan_checkpoint(model_dir: str | os.PathLike[str], options: CompileOptions | None = None) -> Plan:
     """The plan alone: nothing is written, no weight is read but tied ones. Raises as compile_checkpoint."""
     with Checkpoint.open(model_dir) as checkpoint:
         return make_plan(checkpoint, options or CompileOptions())
+
+
+@contextmanager
+def _forgetting(file: ResumableFile, checkpoint: Checkpoint) -> Iterator[None]:
+    """What was written is not kept where going on with it would fail again, or mix two versions."""
+    try:
+        yield
+    except CompileError:  # weights that cannot be packed, or a file that does not verify
+        file.keep = False
+        raise
+    except FormatError:
+        try:
+            checkpoint.check_unchanged()
+        except FormatError:
+            file.keep = False
+        raise
 
 
 def _check_output(out: Path, checkpoint: Checkpoint, options: CompileOptions) -> None:
@@ -140,6 +176,7 @@ def _summarize(
     options: CompileOptions,
     emitted: dict[str, Emitted],
     *,
+    resumed: Collection[str],
     errors: dict[str, TensorError],
     source_sha256: str,
     seconds: float,
@@ -155,6 +192,7 @@ def _summarize(
         num_parameters=sum(math.prod(decision.shape) for decision in plan.decisions),
         packed_parameters=packed_parameters,
         source_bytes=sum(decision.source_bytes for decision in plan.decisions),
+        resumed_bytes=sum(d.source_bytes for d in plan.decisions if d.name in resumed),
         file_bytes=plan.layout.file_bytes,
         packed_bytes=stored_bytes(plan, [decision.name for decision in packed]),
         measured_parameters=sum(error.measured for error in errors.values()),

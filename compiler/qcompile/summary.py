@@ -52,6 +52,7 @@ class CompileSummary:
         num_packed, num_kept, num_aliases: tensors that became NF4, were copied, were tied to another one.
         num_parameters, packed_parameters: elements of all stored tensors, and of those that became NF4.
         source_bytes: tensor bytes of the checkpoint.
+        resumed_bytes: how many of these an earlier, interrupted run had done.
         file_bytes: size of the output.
         packed_bytes: bytes of the output that are codes and constants of packed tensors.
         measured_parameters: packed parameters whose error was measured.
@@ -73,6 +74,7 @@ class CompileSummary:
     num_parameters: int
     packed_parameters: int
     source_bytes: int
+    resumed_bytes: int
     file_bytes: int
     packed_bytes: int
     measured_parameters: int
@@ -93,8 +95,8 @@ class CompileSummary:
 
     @property
     def gb_per_second(self) -> float:
-        """10^9 bytes of the checkpoint a second."""
-        return self.source_bytes / max(1e-9, self.seconds) / 1e9
+        """10^9 bytes of the checkpoint a second, without those of an earlier run."""
+        return (self.source_bytes - self.resumed_bytes) / max(1e-9, self.seconds) / 1e9
 
     def as_json(self) -> dict[str, Any]:
         """Plain values without the single tensors, for --json."""
@@ -136,6 +138,8 @@ class CompileSummary:
                     f"           squared error {self.plain_ratio:.3f} of -O0's "
                     f"({self.plain_ratio - 1:+.1%}); {self.negative_scales:.0%} of the scales are negative"
                 )
+        if self.resumed_bytes:
+            lines.append(f"  resumed  {_bytes(self.resumed_bytes)} of the source were done already")
         lines.append(f"  time     {self.seconds:.2f} s, {self.gb_per_second:.2f} GB/s")
         return "\n".join(lines)
 

@@ -2,6 +2,7 @@
 
 Whatever interrupts the work before the rename (an exception, Ctrl-C, a full disk, a kill, a power cut), the
 destination is as it was. Exceptions also remove the temporary; a kill leaves one `.<name>.<hex>.partial`.
+Work of hours, which should go on where it stopped: `nf4format.resumable`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Final, NoReturn
@@ -23,6 +24,8 @@ from .errors import Nf4Error, WriteError
 _RENAME_NOREPLACE: Final = 1
 _RENAME_EXCHANGE: Final = 2
 _AT_FDCWD: Final = -100
+# O_EXCL and O_NOFOLLOW: never through a link that someone else put there.
+NEW_FILE: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
 _UNSUPPORTED: Final = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 _OUT_OF_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _MAX_NAME_BYTES: Final = 255
@@ -57,6 +60,7 @@ class AtomicFile:
         self.fd = -1
         self._overwrite = overwrite
         self._temporary = _temporary_beside(self.path)
+        self._is_committed = False
 
     def __enter__(self) -> AtomicFile:
         _check_destination(self.path)
@@ -66,11 +70,18 @@ class AtomicFile:
             _refuse(self.path, "is a device, pipe or socket", "give the name of a file")
         if not self._overwrite and os.path.lexists(self.path):
             _refuse_existing(self.path)
-        # O_EXCL and O_NOFOLLOW: never through a link that someone else put there.
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-        with _told(self.path):
-            self.fd = os.open(self._temporary, flags, 0o666)  # less the umask, as any new file
+        try:
+            with _told(self.path):
+                self._open_temporary()
+        except Nf4Error:
+            raise
+        except BaseException:  # Ctrl-C, between the file's creation and the `with` block
+            surely(self._clean_up)
+            raise
         return self
+
+    def _open_temporary(self) -> None:
+        self.fd = os.open(self._temporary, NEW_FILE, 0o666)  # less the umask, as any new file
 
     def preallocate(self, num_bytes: int) -> None:
         """Give the file its full size and claim the space now: a full disk shows before hours of work.
@@ -78,8 +89,10 @@ class AtomicFile:
         The free space is looked at first, as a failing fallocate may fill the disk for a moment; on a file
         system without fallocate that look must do.
         """
-        status = os.fstatvfs(self.fd)
-        free = status.f_bavail * status.f_frsize
+        with _told(self.path):
+            status = os.fstatvfs(self.fd)
+            claimed = os.fstat(self.fd).st_blocks * 512  # by an earlier run
+        free = status.f_bavail * status.f_frsize + claimed
         if num_bytes > free:
             raise WriteError(
                 self.path,
@@ -113,7 +126,16 @@ class AtomicFile:
                 self._temporary.replace(self.path)
             else:
                 _rename_new(self._temporary, self.path)
+            self._is_committed = True
             _sync_directory(self.path.parent)
+
+    def _clean_up(self) -> None:
+        if self.fd >= 0:
+            with contextlib.suppress(OSError):
+                os.close(self.fd)
+            self.fd = -1
+        with contextlib.suppress(OSError):
+            self._temporary.unlink()  # gone already after a successful rename
 
     def __exit__(
         self,
@@ -125,12 +147,7 @@ class AtomicFile:
             if kind is None:
                 self._commit()
         finally:
-            if self.fd >= 0:
-                with contextlib.suppress(OSError):
-                    os.close(self.fd)
-                self.fd = -1
-            with contextlib.suppress(OSError):
-                self._temporary.unlink()  # gone already after a successful rename
+            surely(self._clean_up)
 
 
 def write_bytes(
@@ -166,9 +183,19 @@ class AtomicDirectory:
                 _refuse(self.path, "exists and is not a directory", "choose another name or remove it")
             if not self._replace and any(self.path.iterdir()):
                 _refuse(self.path, "the directory exists and is not empty", "choose another or remove it")
-        with _told(self.path):
-            self._temporary.mkdir()
+        try:
+            with _told(self.path):
+                self._temporary.mkdir()
+        except Nf4Error:
+            raise
+        except BaseException:
+            surely(self._clean_up)
+            raise
         return self._temporary
+
+    def _clean_up(self) -> None:
+        if self._removable:
+            shutil.rmtree(self._temporary, ignore_errors=True)
 
     def _commit(self) -> None:
         with _told(self.path):
@@ -202,17 +229,28 @@ class AtomicDirectory:
             if kind is None:
                 self._commit()
         finally:
-            if self._removable:
-                shutil.rmtree(self._temporary, ignore_errors=True)
+            surely(self._clean_up)
         if isinstance(error, OSError) and error.errno in _OUT_OF_ROOM:
-            raise _write_error(self.path, error) from error
+            raise write_error(self.path, error) from error
+
+
+def surely(action: Callable[[], None]) -> None:
+    """Do it to its end, also if Ctrl-C or SIGTERM comes meanwhile. It must bear being begun again."""
+    try:
+        action()
+    except KeyboardInterrupt:
+        action()
+        raise
+
+
+def hidden_beside(path: Path, suffix: str) -> Path:
+    """A name in the same directory that begins with a dot; a legal name does not become too long by it."""
+    stem = os.fsencode(path.name)[: _MAX_NAME_BYTES - len(suffix) - 1]
+    return path.parent / f".{os.fsdecode(stem)}{suffix}"
 
 
 def _temporary_beside(path: Path) -> Path:
-    suffix = f".{secrets.token_hex(4)}.partial"
-    # A legal name must not become too long by the suffix.
-    stem = os.fsencode(path.name)[: _MAX_NAME_BYTES - len(suffix) - 1]
-    return path.parent / f".{os.fsdecode(stem)}{suffix}"
+    return hidden_beside(path, f".{secrets.token_hex(4)}.partial")
 
 
 def _check_destination(path: Path) -> None:
@@ -221,7 +259,7 @@ def _check_destination(path: Path) -> None:
     except FileNotFoundError:
         _refuse(path, f"there is no directory {path.parent}", "create it first")
     except (OSError, ValueError) as error:
-        raise _write_error(path, error) from error
+        raise write_error(path, error) from error
     if not stat.S_ISDIR(mode):
         _refuse(path, f"{path.parent} is not a directory", "choose another place")
     if path.name in ("", "..") or "\0" in path.name:
@@ -238,7 +276,8 @@ def _refuse_existing(path: Path) -> NoReturn:
     _refuse(path, "exists already", "choose another name, remove it, or allow overwriting")
 
 
-def _write_error(path: Path, error: OSError | ValueError) -> Nf4Error:
+def write_error(path: Path, error: OSError | ValueError) -> WriteError:
+    """The WriteError that tells of a failed system call on an output."""
     if not isinstance(error, OSError):
         return WriteError(path, f"cannot be written: {error}")
     reason = error.strerror or str(error)
@@ -251,7 +290,7 @@ def _told(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise _write_error(path, error) from error
+        raise write_error(path, error) from error
 
 
 def _sync_directory(path: Path) -> None:

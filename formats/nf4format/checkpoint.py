@@ -67,7 +67,7 @@ class Checkpoint:
         self.tensors: dict[str, SourceTensor] = {}
         self.files: dict[str, bytes] = {}
         self._fds: dict[str, int] = {}
-        self._stamps: dict[str, tuple[int, ...]] = {}
+        self._stamps: dict[str, tuple[int, int, int, int]] = {}
         self._root = _directory(path)
         self._blobs = _blobs_folder(self._root)
         try:
@@ -132,6 +132,10 @@ class Checkpoint:
                 self._changed(file, "it is gone")
             if _stamp(os.fstat(fd)) != self._stamps[file] or path_stamp != self._stamps[file]:
                 self._changed(file, "its size, time or inode is not what it was")
+
+    def sizes_and_times(self) -> dict[str, tuple[int, int]]:
+        """Shard -> its size and time of change (ns) when it was opened: enough to notice another version."""
+        return {file: (size, time_ns) for file, (_, _, size, time_ns) in self._stamps.items()}
 
     def close(self) -> None:
         for fd in self._fds.values():
@@ -377,5 +381,5 @@ def _no_weights(path: Path, listing: list[str]) -> NoReturn:
     raise FormatError(path, "there are no weights", expected=expected, remedy="check the path")
 
 
-def _stamp(status: os.stat_result) -> tuple[int, ...]:
+def _stamp(status: os.stat_result) -> tuple[int, int, int, int]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
