@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import numpy as np
 import pytest
 from bad_inputs.draft import Draft
 from bad_inputs.kit import CONFIG, Q, edited, embed, good, weights, write_checkpoint
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from nf4format.against import compare
 from nf4format.audit import audit
@@ -88,6 +91,43 @@ def test_honest_files(compiled: Callable[..., Path], level: int) -> None:
         assert len(file.packed_names) > 8
     assert findings(path) == []
     assert differences(path, path.with_name("model")) == []
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@settings(deadline=None, max_examples=40, derandomize=True)
+@given(
+    shape=st.tuples(st.integers(33, 100), st.integers(33, 100)),
+    dtype=st.sampled_from([np.float16, np.float32]),
+    scale=st.integers(-45, 38),
+    kind=st.sampled_from(["bits", "normal", "few", "one value"]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_whatever_is_finite_encodes_to_what_makes_sense(
+    *, level: int, shape: tuple[int, int], dtype: type, scale: int, kind: str, seed: int
+) -> None:
+    """Any bit patterns that are numbers: the file opens, decodes to finite numbers, and passes both looks."""
+    rng = np.random.default_rng(seed)
+    if kind == "bits":
+        values = np.frombuffer(rng.bytes(shape[0] * shape[1] * np.dtype(dtype).itemsize), dtype).reshape(
+            shape
+        )
+        limit = np.finfo(dtype).max / 2  # the 8-bit scale of a larger one may decode to infinity
+        values = np.where(np.isfinite(values) & (np.abs(values) < limit), values, dtype(1))
+    else:
+        with np.errstate(over="ignore", under="ignore"):
+            values = (rng.standard_normal(shape) * 10.0**scale).astype(dtype)
+        if kind == "few":
+            values = np.where(rng.random(shape) < 0.01, values, dtype(0))
+        if kind == "one value":
+            values = np.full(shape, values.flat[0])
+        values = np.clip(np.nan_to_num(values), -np.finfo(dtype).max / 2, np.finfo(dtype).max / 2).astype(
+            dtype
+        )
+    with tempfile.TemporaryDirectory() as place:
+        write_checkpoint(Path(place, "model"), {"model.layers.0.x.weight": values})
+        compile_checkpoint(Path(place, "model"), Path(place, "x.nf4"), CompileOptions(level=level, jobs=1))
+        assert findings(Path(place, "x.nf4")) == []
+        assert differences(Path(place, "x.nf4"), Path(place, "model")) == []
 
 
 @pytest.mark.parametrize("level", LEVELS)

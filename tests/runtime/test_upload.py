@@ -9,6 +9,7 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -25,6 +26,7 @@ from nf4.text.tokenizer import Tokenizer
 from nf4.training.options import TrainOptions
 from nf4.training.train import train
 from nf4.upload import Slab
+from nf4format import container
 from nf4format.container import Nf4File
 from nf4format.errors import FormatError
 from nf4format.region import DataRegion, glance
@@ -128,6 +130,27 @@ def test_a_copy_that_fails_is_told(large, monkeypatch):
     message = "copying to cuda:0 failed: cudaErrorInvalidDevice: invalid device ordinal; end other programs"
     with pytest.raises(LoadError, match=message):
         nf4.load(large, device="cuda")
+
+
+@torch.no_grad()
+def test_loading_does_not_touch_the_mapping(make_packed, monkeypatch):
+    """A file that is cut short while it is loaded must be an error, not a bus error."""
+    path = make_packed("qwen2", options={"exclude": ("*layers.0.mlp*",)})
+    expected = nf4.load(path, device="cuda", dtype="float32")(IDS.cuda())
+    monkeypatch.setattr(container, "_map_file", lambda fd, size, path: np.zeros(size, np.uint8))
+    for arguments in ({}, {"mmap": False}):
+        assert torch.equal(nf4.load(path, device="cuda", dtype="float32", **arguments)(IDS.cuda()), expected)
+
+
+def test_sums_can_be_left_out(large):
+    with Nf4File.open(large) as file:
+        begin = file.header.entries["model.norm.weight"].begin
+    with large.open("r+b") as out:
+        out.seek(begin)
+        out.write(b"\x01")
+    with pytest.raises(LoadError, match="data is damaged"):
+        nf4.load(large, device="cuda")
+    assert nf4.load(large, device="cuda", verify=False).slab is not None
 
 
 def test_what_a_glance_tells_is_not_believed(large, monkeypatch):

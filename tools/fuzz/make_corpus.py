@@ -14,8 +14,9 @@ import numpy as np
 
 from nf4format.atomic import AtomicFile
 from nf4format.blocks import quantize
+from nf4format.codebook import NF4_LEVELS
 from nf4format.container import config_sha256, seal
-from nf4format.layout import QUANT_STATE, KeptSpec, PackedSpec, plan_layout, quant_state_json
+from nf4format.layout import OTHER_LEVELS, QUANT_STATE, KeptSpec, PackedSpec, plan_layout, quant_state_json
 
 CORPUS = Path(__file__).parent / "corpus"
 CONFIG = {
@@ -28,7 +29,13 @@ CONFIG = {
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 
 
-def packed_file(path: Path, packed: list[PackedSpec], kept: list[KeptSpec], files: dict[str, bytes]) -> None:
+def packed_file(
+    path: Path,
+    packed: list[PackedSpec],
+    kept: list[KeptSpec],
+    files: dict[str, bytes],
+    levels: np.ndarray = NF4_LEVELS,
+) -> None:
     """A .nf4 file of Gaussian weights, by the real encoder."""
     metadata = {
         "nf4.aliases": json.dumps({"lm_head.weight": kept[0].name} if kept else {}),
@@ -36,6 +43,8 @@ def packed_file(path: Path, packed: list[PackedSpec], kept: list[KeptSpec], file
         "nf4.options": '{"level":0}',
         "nf4.source_sha256": "0" * 64,
     }
+    if levels is not NF4_LEVELS:
+        metadata[OTHER_LEVELS] = "custom"
     layout = plan_layout(packed, kept, {name: len(data) for name, data in files.items()}, metadata)
     rng = np.random.default_rng(0)
     with AtomicFile(path) as file:
@@ -46,7 +55,7 @@ def packed_file(path: Path, packed: list[PackedSpec], kept: list[KeptSpec], file
             parts = {
                 "": weight.codes,
                 ".absmax": weight.absmax,
-                ".quant_map": weight.quant_map,
+                ".quant_map": levels,
                 ".nested_absmax": weight.nested_absmax,
                 ".nested_quant_map": weight.nested_quant_map,
             }
@@ -84,6 +93,8 @@ def main() -> None:
     kept = [KeptSpec("embed.weight", "BF16", (4, 2)), KeptSpec("norm", "F32", (3,)), KeptSpec("n", "I64", ())]
     packed_file(CORPUS / "container" / "one.nf4", [q], kept, files)
     packed_file(CORPUS / "container" / "odd.nf4", [experts], [], {"config.json": b"{}"})
+    even = np.linspace(-1, 1, 16, dtype=np.float32)
+    packed_file(CORPUS / "container" / "levels.nf4", [q], [], {"config.json": b"{}"}, even)
     packed_file(CORPUS / "container" / "kept.nf4", [], kept, {"config.json": b"{}"})
     source = CORPUS / "source"
     mixed = {

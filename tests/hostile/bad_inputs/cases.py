@@ -71,7 +71,10 @@ ROWS: dict[str, str] = {
         "block size 0, 63 or 2^31, alignment 3 or none, keys out of order, hashes that are none"
     ),
     "companions": "missing, of another dtype, absmax or nested absmax off by one, codes flat or empty",
-    "constants": "NaN, infinite or negative scales, scales that overflow, altered code table or 8-bit map",
+    "constants": (
+        "NaN, infinite or negative scales, scales that overflow, altered code table or 8-bit map, "
+        "tables out of order"
+    ),
     "quant_state": (
         "not JSON, other keys, other block sizes, shapes that do not fit, offsets that are no fp32 value"
     ),

@@ -86,6 +86,18 @@ def sums_tensor(change: Callable[[bytes], bytes]) -> Edit:
     return edit
 
 
+def declared(table: np.ndarray, index: int, value: float) -> Edit:
+    """Other levels, and the key that says so."""
+
+    def edit(draft: Draft) -> None:
+        named = {**draft.metadata, "nf4.levels": "custom"}
+        first = {key: named.pop(key) for key in ("format", "nf4.version")}
+        draft.metadata = first | dict(sorted(named.items()))
+        draft.tensors[X + ".quant_map"] = altered(table, index, value)
+
+    return edit
+
+
 def unordered(draft: Draft) -> None:
     draft.metadata = {"nf4.version": "1", **draft.metadata}
 
@@ -161,6 +173,9 @@ BAD: dict[str, tuple[Edit, str]] = {
         "not the quant_map of NF4, got -0.4.* at 3 instead of -0.39",
     ),
     "quant map NaN": (store(X + ".quant_map", altered(NF4_LEVELS, 3, np.nan)), "not the quant_map of NF4"),
+    "quant map declared, NaN": (declared(NF4_LEVELS, 3, np.nan), "not a table of levels: .* finite"),
+    "quant map declared, out of order": (declared(NF4_LEVELS, 3, 0.5), "levels: .* ascending order"),
+    "quant map declared, beyond 1": (declared(NF4_LEVELS, 15, 1e30), "levels: .* last in"),
     "nested map altered": (
         store(X + ".nested_quant_map", altered(NESTED_MAP, 255, 2.0)),
         "not the nested_quant_map of NF4, got 2.0 at 255 instead of 1.0",
