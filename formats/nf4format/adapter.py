@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from .atomic import AtomicDirectory, AtomicFile
 from .errors import FormatError
 from .files import open_regular, pread_into, read_capped
 from .header import read_header
-from .strictjson import parse_object
+from .strictjson import MAX_CONFIG_VALUES, parse_object
 from .tensorfile import begin_tensors, plan_tensors
 
 CONFIG_NAME: Final = "adapter_config.json"
@@ -119,14 +119,21 @@ def _read_config(path: Path) -> dict[str, Any]:
     finally:
         os.close(fd)
     try:
-        config = parse_object(data)
+        config = parse_object(data, most_values=MAX_CONFIG_VALUES)
     except ValueError as error:
         raise FormatError(path, str(error), remedy="save the adapter again") from error
+
+    def refuse(field: str, expected: str) -> NoReturn:
+        got = ascii(config.get(field))[:80]
+        raise FormatError(
+            path, field, expected=expected, got=got, remedy="give a LoRA adapter, saved by PEFT"
+        )
+
     if config.get("peft_type") != "LORA":
-        raise FormatError(path, "peft_type", expected="'LORA'", got=ascii(config.get("peft_type"))[:80])
+        refuse("peft_type", "'LORA'")
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if type(rank) is not int or not 0 < rank <= MAX_RANK:
-        raise FormatError(path, "r", expected=f"an integer from 1 to {MAX_RANK}", got=ascii(rank)[:80])
+        refuse("r", f"an integer from 1 to {MAX_RANK}")
     if not isinstance(alpha, int | float) or isinstance(alpha, bool):
-        raise FormatError(path, "lora_alpha", expected="a number", got=ascii(alpha)[:80])
+        refuse("lora_alpha", "a number")
     return config

@@ -244,7 +244,8 @@ def _read_tensors(adapter: Adapter, weights: Path, shapes: dict[str, tuple[int, 
         if key not in shapes:
             raise LoadError(weights, "the model's layer has no such part", tensor=key)
         if dtype not in _TORCH_DTYPES:
-            raise LoadError(weights, "dtype", tensor=key, expected=" or ".join(_TORCH_DTYPES), got=dtype)
+            expected, remedy = " or ".join(_TORCH_DTYPES), "save the adapter in one of these"
+            raise LoadError(weights, "dtype", tensor=key, expected=expected, got=dtype, remedy=remedy)
         if tuple(shape) != shapes[key]:
             raise LoadError(
                 weights,

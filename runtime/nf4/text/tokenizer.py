@@ -251,7 +251,9 @@ def _embedded_template(file: Nf4File) -> str | None:
         try:
             return file.file("chat_template.jinja").decode("utf-8")
         except UnicodeDecodeError as error:
-            raise LoadError(file.path, f"embedded file chat_template.jinja is not UTF-8: {error}") from error
+            remedy = "correct it in the checkpoint and compile that again"
+            problem = f"embedded file chat_template.jinja is not UTF-8: {error}"
+            raise LoadError(file.path, problem, remedy=remedy) from error
     wrapped = _parse(file, "chat_template.json").get("chat_template")
     return wrapped if isinstance(wrapped, str) else None
 

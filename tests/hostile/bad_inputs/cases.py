@@ -119,6 +119,10 @@ ROWS: dict[str, str] = {
     ),
     "configuration, other model": "layers, vocabulary or widths other than the tensors have",
     "tokenizer, run": "none, not JSON, nested deeply, not UTF-8, NaN in its config, ids above the vocabulary",
+    "chat template, run": "malformed, reaching for Python or files, recursive, writing 100 MB, taking 10 GB",
+    "adapters": (
+        "pickles, nothing, odd configs, ranks of 10^9, tensors cut short, of other names, shapes or dtypes"
+    ),
     "output place": "a directory, a missing directory, a device, a too long name, no permission",
     "output exists": "a file that is there, the input itself by any name",
     "verify against": "a checkpoint with other weights, tensors or files than the file was made from",

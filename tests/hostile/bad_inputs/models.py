@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from safetensors.numpy import save_file
+
 from .cases import EVAL, GENERATE, TRAIN, Case
 from .draft import Draft
-from .kit import CONFIG, VOCAB, WORDS, edited, embed, tokenizer
+from .kit import CONFIG, VOCAB, WORDS, edited, embed, tokenizer, write_good
 
 _HUGE = 2**31
 
@@ -18,6 +22,8 @@ _HUGE = 2**31
 def cases() -> Iterator[Case]:
     yield from _configs()
     yield from _tokenizers()
+    yield from _templates()
+    yield from _adapters()
 
 
 def _file(name: str, data: bytes, folder: Path) -> None:
@@ -122,6 +128,104 @@ def _tokenizers() -> Iterator[Case]:
         edited(folder / "model.nf4", edit)
 
     yield Case("tokenizer, run", "none", without, commands, "the file holds no tokenizer.json; put a")
+
+
+def _templates() -> Iterator[Case]:
+    """Embedded chat templates; what else they may not do, and how long: tests/runtime/test_sandbox.py."""
+    command = tuple("rows.jsonl" if part == "text.txt" else part for part in TRAIN)
+
+    def prepare(template: bytes, folder: Path) -> None:
+        messages = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3 w4"}]
+        (folder / "rows.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+        edited(folder / "model.nf4", embed("chat_template.jinja", template))
+
+    for name, template, says in [
+        ("malformed", b"{% for %}", "Expected an expression"),
+        ("not UTF-8", b"\xff\xfe", "UTF-8"),
+        ("reaching for classes", b"{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("reaching for globals", b"{{ cycler.__init__.__globals__ }}", "unsafe"),
+        ("including a file", b"{% include '/etc/passwd' %}", "no loader"),
+        ("recursive", b"{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}", "nested too deeply"),
+        ("writing 100 MB", b"{% for i in range(99999) %}{{ 'x' * 1000 }}{% endfor %}", "writes more than"),
+        ("taking 10 GB", b"{{ 'a' | center(10000000000) }}", "too much memory"),
+        ("speaking in control characters", b"{{ raise_exception('\x1b[2J\x07') }}", "chat template"),
+    ]:
+        yield Case("chat template, run", name, partial(prepare, template), (command,), says)
+
+
+def _adapters() -> Iterator[Case]:
+    module = "base_model.model.model.layers.0.self_attn.q_proj"
+    config: dict[str, Any] = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    good = {
+        f"{module}.lora_A.weight": np.ones((4, 64), np.float32),
+        f"{module}.lora_B.weight": np.ones((64, 4), np.float32),
+    }
+
+    def prepare(change: Callable[[Path], object], folder: Path) -> None:
+        write_good(folder / "model.nf4")
+        adapter = folder / "adapter"
+        adapter.mkdir()
+        (adapter / "adapter_config.json").write_text(json.dumps(config))
+        save_file(good, adapter / "adapter_model.safetensors")
+        change(adapter)
+
+    def settings(**changes: Any) -> Callable[[Path], object]:
+        text = json.dumps({**config, **changes})
+        return lambda adapter: (adapter / "adapter_config.json").write_text(text)
+
+    def text(data: bytes) -> Callable[[Path], object]:
+        return lambda adapter: (adapter / "adapter_config.json").write_bytes(data)
+
+    def tensors(**changes: np.ndarray | None) -> Callable[[Path], object]:
+        """`A` and `B` are the factors of the one module; None removes."""
+        names = {"A": f"{module}.lora_A.weight", "B": f"{module}.lora_B.weight"}
+        changed = {**good, **{names.get(key, key): array for key, array in changes.items()}}
+        kept = {name: array for name, array in changed.items() if array is not None}
+        return lambda adapter: save_file(kept, adapter / "adapter_model.safetensors")
+
+    def only_pickle(adapter: Path) -> None:
+        (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+
+    command = (*GENERATE, "--adapter", "adapter")
+    for name, change in [
+        ("a good one", lambda adapter: None),
+        ("modules that are not there", settings(target_modules=["evil\x1b"])),  # the tensors tell which are
+        ("modules by an endless pattern", settings(target_modules="((a|a)*)*!")),
+        ("ranks by an endless pattern", settings(rank_pattern={"((a|a)*)*!": 8})),
+    ]:
+        yield Case("adapters", name, partial(prepare, change), (command,), None)
+    for name, change, says in [
+        ("only a pickle", only_pickle, "pickled weights are never loaded"),
+        (
+            "no weights",
+            lambda adapter: (adapter / "adapter_model.safetensors").unlink(),
+            "adapter_model.safetensors",
+        ),
+        ("no config", lambda adapter: (adapter / "adapter_config.json").unlink(), "the file is missing"),
+        (
+            "weights cut short",
+            lambda adapter: os.truncate(adapter / "adapter_model.safetensors", 900),
+            "cut short",
+        ),
+        (
+            "weights of zeros",
+            lambda a: (a / "adapter_model.safetensors").write_bytes(bytes(4096)),
+            "never completed",
+        ),
+        ("config not JSON", text(b"{"), "not JSON"),
+        ("config nested deeply", text(b'{"a":' * 10**5), "nested deeper"),
+        ("config a list", text(b"[]"), "expected a JSON object"),
+        ("another kind", settings(peft_type="PREFIX_TUNING\x1b"), "peft_type"),
+        ("rank 10^9", settings(r=10**9), "adapter_config.json: r"),
+        ("rank of text", settings(r="4"), "adapter_config.json: r"),
+        ("alpha of text", settings(lora_alpha="8"), "lora_alpha"),
+        ("a factor missing", tensors(B=None), "."),
+        ("another rank", tensors(A=np.ones((5, 64), np.float32)), "."),
+        ("another width", tensors(A=np.ones((4, 63), np.float32)), "."),
+        ("integers", tensors(A=np.ones((4, 64), np.int32)), "."),
+        ("a tensor too many", tensors(x=np.ones(3, np.float32)), "'x'|x"),
+    ]:
+        yield Case("adapters", name, partial(prepare, change), (command,), says)
 
 
 def _pattern(pattern: str) -> bytes:
