@@ -174,3 +174,15 @@ def test_chat_templates_travel_in_packed_files(
     compile_checkpoint(folder, tmp_path / "a.nf4", CompileOptions())
     with Nf4File.open(tmp_path / "a.nf4") as file:
         assert Tokenizer.from_file(file).chat_templates == {"default": "{{ bos_token }}"}
+
+
+@pytest.mark.parametrize("settings", [{}, {"unk_token": "<unk>"}])
+def test_unknown_and_first_tokens_close_no_turn(byte_fallback_json: bytes, settings: dict[str, str]) -> None:
+    from tokenizers import AddedToken
+    from tokenizers import Tokenizer as Backend
+
+    backend = Backend.from_str(byte_fallback_json.decode())
+    backend.add_special_tokens([AddedToken(text) for text in ("<unk>", "<s>", "</s>", "<|turn_end|>")])
+    settings = {"bos_token": "<s>", "eos_token": "</s>"} | settings
+    tokenizer = Tokenizer(backend.to_str().encode(), tokenizer_config=settings)
+    assert tokenizer.end_ids == {backend.token_to_id("</s>"), backend.token_to_id("<|turn_end|>")}
