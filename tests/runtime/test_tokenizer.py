@@ -143,7 +143,7 @@ def test_special_tokens_have_texts_and_end_ids(tokenizer_json: bytes) -> None:
     config = {"bos_token": {"content": "<s>"}, "eos_token": "</s>", "pad_token": None, "other": "x"}
     found = Tokenizer(tokenizer_json, tokenizer_config=config)
     assert found.special_tokens == {"bos_token": "<s>", "eos_token": "</s>"}
-    assert found.end_ids == {0, 1, 2}
+    assert found.end_ids == {0, 2}  # nothing says that 0 stands for unknown ones
     assert found.max_id == found.vocab_size - 1
     bare = Tokenizer(tokenizer_json, config={"eos_token_id": [2], "bos_token_id": 1})
     assert bare.special_tokens == {"bos_token": "<s>", "eos_token": "</s>"}

@@ -39,8 +39,8 @@ class Tokenizer:
         bos_id: the id that begins a text, or None. What tokenizer_config.json says counts, null included;
             without the key, generation_config.json and config.json.
         eos_ids: every id that ends a text: generation_config.json's, or config.json's, or the tokenizer's.
-        end_ids: what may close a turn of a chat: these, and the special tokens of the vocabulary but those that
-            begin a text or stand for unknown ones.
+        end_ids: what may close a turn of a chat: these, and the special tokens of the vocabulary but those
+            that begin a text or stand for unknown ones.
         special_tokens: "bos_token", "eos_token" and so on -> their text, as tokenizer_config.json has them.
         chat_templates: name -> Jinja source of the chat templates that came with the model; the usual one is
             "default".
@@ -80,9 +80,7 @@ class Tokenizer:
             begins = _ids(generation.get("bos_token_id")) or _ids(model.get("bos_token_id"))
         self.bos_id: int | None = begins[0] if begins else None
         added = self._backend.get_added_tokens_decoder()
-        unknown = self._named(own.get("unk_token")) + self._named(
-            getattr(self._backend.model, "unk_token", None)
-        )
+        unknown = own.get("unk_token") or getattr(self._backend.model, "unk_token", None)
         special = {number for number, token in added.items() if token.special}
         self.end_ids = frozenset(self.eos_ids) | special.difference(self._named(unknown), begins)
         texts = {key: _text(value) for key, value in own.items() if key.endswith("_token")}
