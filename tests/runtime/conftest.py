@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from nf4.model.config import ModelConfig
+from nf4.model.decoder import CausalLM
 from qcompile.options import CompileOptions
 from qcompile.pipeline import compile_checkpoint
 
@@ -84,3 +87,24 @@ def make_packed(
 def model_case(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """What `make_packed` takes for each of MODEL_CASES: family, config fields, compile options."""
     return MODEL_CASES[request.param]
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Models this small lose more to waiting threads than they gain, above all on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def make_model(family_config: Callable[..., dict[str, Any]]) -> Callable[..., CausalLM]:
+    """A function that gives the same small dense model at each call."""
+
+    def build(device: str = "cpu", dtype: torch.dtype = torch.float32) -> CausalLM:
+        torch.manual_seed(0)
+        config = family_config("llama", hidden_size=32, intermediate_size=48, num_hidden_layers=2)
+        return CausalLM(ModelConfig.from_dict(config)).to(device, dtype)
+
+    return build

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -22,6 +22,8 @@ from nf4.paging.optim import PagedAdamW
 from nf4.training.determinism import deterministic
 from nf4.training.step import train_step
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SEQ_LEN = 40
 LENGTHS = (40, 3, 17, 22, 9, 2, 31, 16)
 
@@ -35,15 +37,6 @@ def examples() -> list[Example]:
         labelled[-1], labelled[0] = True, False
         made.append(Example(rng.integers(3, 320, length).astype(np.int32), labelled))
     return made
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Models this small lose more to waiting threads than they gain, above all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Kept:

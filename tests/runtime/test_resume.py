@@ -9,7 +9,7 @@ import random
 import re
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,14 @@ import nf4
 from nf4.data.encode import TextEncoder
 from nf4.errors import TrainError
 from nf4.lora import LoraConfig
-from nf4.model.config import ModelConfig
 from nf4.model.decoder import CausalLM
 from nf4.training import run as run_module
 from nf4.training.checkpoint import list_checkpoints
 from nf4.training.options import NEWEST, TrainOptions
 from nf4.training.train import train
 from nf4format.errors import FormatError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 STEPS = 12
 TEXT = "the quick brown fox jumps over the lazy dog; " * 30
@@ -43,28 +44,7 @@ class ByteTokenizer(TextEncoder):
         return [1] * special + [3 + byte for byte in text.encode()]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Models this small lose more to waiting threads than they gain, above all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 MakeModel = Callable[..., CausalLM]
-
-
-@pytest.fixture
-def make_model(family_config: Callable[..., dict[str, Any]]) -> MakeModel:
-    """The same small dense model at each call."""
-
-    def build(device: str = "cpu", dtype: torch.dtype = torch.float32) -> CausalLM:
-        torch.manual_seed(0)
-        config = family_config("llama", hidden_size=32, intermediate_size=48, num_hidden_layers=2)
-        return CausalLM(ModelConfig.from_dict(config)).to(device, dtype)
-
-    return build
 
 
 @pytest.fixture
@@ -212,7 +192,12 @@ def stopped_after(
 def resume(make_model: MakeModel, options: TrainOptions, **changes: Any) -> list[str]:
     """Go on; what it said."""
     said: list[str] = []
-    train(make_model(), ByteTokenizer(), changed(options, **{"resume": NEWEST, **changes}), say=said.append)
+    train(
+        make_model(),
+        ByteTokenizer(),
+        changed(options, **{"resume": NEWEST, **changes}),
+        say=said.append,
+    )
     return said
 
 
@@ -269,7 +254,10 @@ def test_only_the_newest_checkpoints_stay(make_model: MakeModel, options: TrainO
 
 
 def test_damaged_checkpoints_are_told_and_passed_over(
-    make_model: MakeModel, options: TrainOptions, straight: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+    make_model: MakeModel,
+    options: TrainOptions,
+    straight: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     newest = stopped_after(11, make_model, options, monkeypatch)
     tensors = newest / "training_state.safetensors"
@@ -347,7 +335,10 @@ def test_other_data_or_arithmetic_is_not_resumed(
 
 
 def test_paging_may_change_and_another_machine_is_told(
-    make_model: MakeModel, options: TrainOptions, straight: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+    make_model: MakeModel,
+    options: TrainOptions,
+    straight: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     stopped_after(7, make_model, options, monkeypatch)
     monkeypatch.setattr(torch, "__version__", "99.0")
@@ -409,7 +400,10 @@ def test_early_stopping_is_found_again(make_model: MakeModel, options: TrainOpti
 
 
 def test_a_kill_while_saving_leaves_the_checkpoint_before(
-    make_model: MakeModel, options: TrainOptions, straight: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+    make_model: MakeModel,
+    options: TrainOptions,
+    straight: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     real = os.fsync
     calls = iter(range(10_000))

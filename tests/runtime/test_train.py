@@ -6,7 +6,7 @@ import json
 import math
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +20,6 @@ from nf4.data.options import DataOptions
 from nf4.data.reading import load_dataset
 from nf4.errors import TrainError
 from nf4.lora import LoraConfig, add_lora, lora_layers
-from nf4.model.config import ModelConfig
 from nf4.model.decoder import CausalLM
 from nf4.paging.optim import PagedAdamW
 from nf4.text.perplexity import encode_documents, perplexity
@@ -32,6 +31,8 @@ from nf4.training.runlog import RunLog
 from nf4.training.signals import StopRequest
 from nf4.training.step import train_step
 from nf4.training.train import train
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class ByteTokenizer(TextEncoder):
@@ -46,27 +47,6 @@ class ByteTokenizer(TextEncoder):
 
 TOKENIZER = ByteTokenizer()
 TEXT = "the quick brown fox jumps over the lazy dog; " * 40
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Models this small lose more to waiting threads than they gain, above all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def make_model(family_config: Callable[..., dict[str, Any]]) -> Callable[[], CausalLM]:
-    """The same small dense model at each call."""
-
-    def build() -> CausalLM:
-        torch.manual_seed(0)
-        config = family_config("llama", hidden_size=32, intermediate_size=48, num_hidden_layers=2)
-        return CausalLM(ModelConfig.from_dict(config))
-
-    return build
 
 
 @pytest.fixture

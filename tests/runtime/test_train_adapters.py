@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import nf4
 from nf4 import cli
@@ -16,6 +15,8 @@ from nf4.lora import LoraConfig
 from nf4.text.tokenizer import Tokenizer
 from nf4.training.options import TrainOptions
 from nf4.training.train import train
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 KINDS: dict[str, dict[str, Any]] = {
     "patterns, rslora, dropout": {
@@ -30,14 +31,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "olora": {"init": "olora"},
     "pissa in bf16": {"init": "pissa_niter_4", "dtype": "bfloat16", "dora": True},
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("kind", KINDS)

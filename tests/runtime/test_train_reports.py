@@ -8,7 +8,7 @@ import json
 import re
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ import torch
 from nf4.data.encode import TextEncoder
 from nf4.errors import TrainError
 from nf4.lora import LoraConfig, add_lora, lora_layers
-from nf4.model.config import ModelConfig
 from nf4.model.decoder import CausalLM
 from nf4.training import run as run_module
 from nf4.training.card import code_span, fenced
@@ -27,6 +26,8 @@ from nf4.training.options import TrainOptions
 from nf4.training.plot import plot_run
 from nf4.training.train import make_optimizer, train
 from nf4.training.weight_change import WeightChange
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TEXT = "the quick brown fox jumps over the lazy dog; " * 30
 MakeModel = Callable[[], CausalLM]
@@ -40,27 +41,6 @@ class ByteTokenizer(TextEncoder):
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         return [1] * special + [3 + byte for byte in text.encode()]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Models this small lose more to waiting threads than they gain, above all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def make_model(family_config: Callable[..., dict[str, Any]]) -> MakeModel:
-    """The same small dense model at each call."""
-
-    def build() -> CausalLM:
-        torch.manual_seed(0)
-        config = family_config("llama", hidden_size=32, intermediate_size=48, num_hidden_layers=2)
-        return CausalLM(ModelConfig.from_dict(config))
-
-    return build
 
 
 @pytest.fixture
