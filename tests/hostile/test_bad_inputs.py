@@ -48,6 +48,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
 def test_verdict(case: Case, results: dict[str, dict[str, Any]]) -> None:
     if case.not_root and not os.geteuid():
         pytest.skip("root may do this")
+    if SANITIZED and case.row == "chat template, run":
+        pytest.skip("a template's process has no address space for a sanitizer")
     result = results[case.id]
     assert set(result["changed"]) <= case.writes, "something was written"
     for run in result["runs"]:
