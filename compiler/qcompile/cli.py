@@ -12,11 +12,11 @@ import click
 from tqdm import tqdm
 
 from nf4format.atomic import write_bytes
-from nf4format.encode import ENCODERS
 from nf4format.errors import Nf4Error
 from nf4format.levels import LEVELS
 from nf4format.resumable import partial_path
 
+from .calibrated import LEVELS as OPTIMISATION_LEVELS
 from .options import CompileOptions
 from .pipeline import compile_checkpoint, plan_checkpoint
 from .report import check_report_path, write_report
@@ -30,6 +30,8 @@ Examples:
   qcompile Llama-3.1-8B llama.nf4 --resume         may be stopped and repeated: goes on where it was
   qcompile Llama-3.1-8B same.nf4 -O0               the bits that bitsandbytes would make
   qcompile Llama-3.1-8B llama.nf4 --report llama.html         what became of each tensor
+  nf4 calibrate Llama-3.1-8B --data texts.txt --full --out stats.safetensors
+  qcompile Llama-3.1-8B best.nf4 -O2 --stats stats.safetensors
   qcompile Qwen3-30B-A3B moe.nf4 --exclude '*.self_attn.*'    keep attention in 16 bit
   qcompile Llama-3.1-8B part.nf4 --include '*.mlp.*'          pack the feed-forward layers only
   qcompile Llama-3.1-8B whole.nf4 --exclude '*'               the same container, nothing packed
@@ -45,10 +47,18 @@ Examples:
 @click.option(
     "-O",
     "level",
-    type=click.Choice([str(level) for level in ENCODERS]),
+    type=click.Choice([str(level) for level in OPTIMISATION_LEVELS]),
     default=str(CompileOptions.level),
     help="Optimisation level; the file is decoded the same way at each. -O0: scales are block maxima, "
-    "bit-identical to bitsandbytes. -O1: scales that lose least are searched for.",
+    "bit-identical to bitsandbytes. -O1: scales that lose least are searched for. -O2: rounding that knows "
+    "what each layer reads (--stats). -O3: and what earlier layers have lost (--stats of a second pass).",
+)
+@click.option(
+    "--stats",
+    multiple=True,
+    type=click.Path(path_type=str),
+    metavar="FILE",
+    help="Statistics of this model by nf4 calibrate; repeatable: other layers, or more data.",
 )
 @click.option(
     "--levels",
@@ -102,6 +112,7 @@ def command(  # noqa: PLR0917 - one parameter for each option; click passes them
     model_dir: str,
     out: str,
     level: str,
+    stats: tuple[str, ...],
     levels: str,
     include: tuple[str, ...],
     exclude: tuple[str, ...],
@@ -127,6 +138,7 @@ def command(  # noqa: PLR0917 - one parameter for each option; click passes them
     """
     options = CompileOptions(
         level=int(level),
+        stats=stats,
         levels=levels,
         include=include,
         exclude=exclude,

@@ -54,7 +54,7 @@ class Emitted:
 def emit_tensors(
     checkpoint: Checkpoint,
     plan: Plan,
-    encoder: Encoder,
+    encoder_of: Callable[[Decision], Encoder],
     file: AtomicFile,
     *,
     levels: np.ndarray = NF4_LEVELS,
@@ -66,6 +66,7 @@ def emit_tensors(
     """Write all tensors of the plan into the file.
 
     Args:
+        encoder_of: the encoder of each packed tensor.
         levels: what the encoder's codes stand for, float32 [16].
         jobs: number of threads.
         done: tensors that are in the file already.
@@ -80,7 +81,7 @@ def emit_tensors(
         OSError: the output cannot be written.
     """
     to_do = [decision for decision in plan.decisions if decision.name not in done]
-    emitter = _Emitter(checkpoint, plan, encoder, file, levels=levels, jobs=jobs, progress=progress)
+    emitter = _Emitter(checkpoint, plan, encoder_of, file, levels=levels, jobs=jobs, progress=progress)
     emitter.skip([decision for decision in plan.decisions if decision.name in done])
     largest_first = sorted(to_do, key=lambda decision: -decision.source_bytes)
 
@@ -121,7 +122,7 @@ class _Emitter:
         self,
         checkpoint: Checkpoint,
         plan: Plan,
-        encoder: Encoder,
+        encoder_of: Callable[[Decision], Encoder],
         file: AtomicFile,
         *,
         levels: np.ndarray,
@@ -129,7 +130,8 @@ class _Emitter:
         progress: Progress | None,
     ) -> None:
         self.cancelled = threading.Event()
-        self._checkpoint, self._layout, self._encoder, self._file = checkpoint, plan.layout, encoder, file
+        self._checkpoint, self._layout, self._file = checkpoint, plan.layout, file
+        self._encoder_of = encoder_of
         self._levels, self._progress, self._jobs = levels, progress, jobs
         self._lock = threading.Lock()
         self._unfinished = len(plan.decisions)
@@ -154,15 +156,15 @@ class _Emitter:
         started = time.perf_counter()
         error, negative_scales = None, 0.0
         if decision.quantize:
-            error, negative_scales = self._pack(decision.name, reader)
+            error, negative_scales = self._pack(decision, reader)
         else:
             self._copy(decision.name, reader)
         with self._lock:
             self._unfinished -= 1
         return Emitted(reader.sha256(), time.perf_counter() - started, error, negative_scales)
 
-    def _pack(self, name: str, reader: TensorReader) -> tuple[TensorError, float]:
-        entries = self._layout.entries
+    def _pack(self, decision: Decision, reader: TensorReader) -> tuple[TensorError, float]:
+        name, entries = decision.name, self._layout.entries
         codes_begin = entries[name].begin
 
         def write_codes(start: int, codes: np.ndarray) -> None:
@@ -177,7 +179,8 @@ class _Emitter:
 
         with self._scratch.scales(reader.num_values) as scales:
             try:
-                constants = self._encoder(reader, write_codes, self._threads, scales)
+                encoder = self._encoder_of(decision)
+                constants = encoder(reader, write_codes, self._threads, scales, levels=self._levels)
             except NonFinite as error:
                 raise self._not_finite(name, reader, error.index, "finite values") from None
             self._write_constants(name, constants)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from nf4format.levels import LEVELS, read_levels
+from nf4format.stats import Stats
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class CompileOptions:
 
     Attributes:
         level: optimisation level of the encoder; the decoder is the same for all.
+        stats: files of statistics, for levels 2 and 3.
         levels: table of levels: a name of `nf4format.levels.LEVELS`, or a file (`read_levels`).
         include: patterns (`fnmatch`, on full tensor names); if any is given, only tensors that match one
             of them are candidates for quantization.
@@ -31,6 +33,7 @@ class CompileOptions:
     """
 
     level: int = 1
+    stats: tuple[str, ...] = ()
     levels: str = "nf4"
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -52,9 +55,16 @@ class CompileOptions:
         return LEVELS[self.levels] if self.levels in LEVELS else read_levels(self.levels)
 
     def recorded(self) -> str:
-        """The options that decide bytes, as JSON with sorted keys: metadata `nf4.options`."""
+        """The options that decide bytes, as JSON with sorted keys: metadata `nf4.options`.
+
+        Raises:
+            FormatError: a file of statistics cannot be read.
+        """
+        with Stats(self.stats) as stats:
+            known = {"stats": stats.metadata()} if self.stats else {}
         return json.dumps(
             {
+                **known,
                 "exclude": sorted(set(self.exclude)),
                 "include": sorted(set(self.include)),
                 "level": self.level,

@@ -19,17 +19,17 @@ import math
 import os
 import time
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from nf4format.checkpoint import Checkpoint, source_hash
 from nf4format.container import seal
-from nf4format.encode import ENCODERS
 from nf4format.errors import FormatError
 from nf4format.header import PREFIX_BYTES
 from nf4format.resumable import ResumableFile
+from nf4format.stats import Stats
 
+from .calibrated import Encoders
 from .emit import Emitted, Progress, emit_files, emit_tensors
 from .errors import CompileError
 from .journal import Journal, plan_key
@@ -38,7 +38,7 @@ from .plan import SOURCE_HASH_KEY, Plan, make_plan
 from .policy import Decision
 from .quality import TensorError, group_errors, plain_ratio
 from .roles import group_of
-from .summary import CompileSummary, TensorSummary, stored_bytes
+from .summary import CompileSummary, OutputError, TensorSummary, stored_bytes
 from .verify import verify_output
 from .writeback import Writeback
 
@@ -69,8 +69,11 @@ def compile_checkpoint(
     options = options or CompileOptions()
     started = time.perf_counter()
     jobs = options.jobs or len(os.sched_getaffinity(0))
-    with Checkpoint.open(model_dir) as checkpoint:
+    with ExitStack() as stack:
+        checkpoint = stack.enter_context(Checkpoint.open(model_dir))
+        stats = stack.enter_context(Stats(options.stats))
         plan = make_plan(checkpoint, options)
+        encoders = Encoders(plan, options, stats)
         _check_output(Path(out), checkpoint, options)
         with ResumableFile(out, overwrite=options.force, resume=options.resume, keep=options.resume) as file:
             journal = Journal(file, plan_key(checkpoint, plan, options), plan)
@@ -82,7 +85,7 @@ def compile_checkpoint(
                     emitted = emit_tensors(
                         checkpoint,
                         plan,
-                        partial(ENCODERS[options.level], levels=options.level_table()),
+                        encoders.of,
                         file,
                         levels=options.level_table(),
                         jobs=jobs,
@@ -106,6 +109,7 @@ def compile_checkpoint(
         plan,
         options,
         emitted,
+        encoders.output_errors,
         resumed=done.keys(),
         errors=errors,
         source_sha256=sha256,
@@ -175,6 +179,7 @@ def _summarize(
     plan: Plan,
     options: CompileOptions,
     emitted: dict[str, Emitted],
+    output_errors: dict[str, OutputError],
     *,
     resumed: Collection[str],
     errors: dict[str, TensorError],
@@ -198,7 +203,9 @@ def _summarize(
         measured_parameters=sum(error.measured for error in errors.values()),
         level=options.level,
         levels=options.levels_name,
-        tensors=tuple(_tensor_summary(decision, emitted[decision.name], errors) for decision in packed),
+        tensors=tuple(
+            _tensor_summary(decision, emitted[decision.name], errors, output_errors) for decision in packed
+        ),
         groups=group_errors((group_of(decision.name), errors[decision.name]) for decision in packed),
         plain_ratio=plain_ratio(list(errors.values())),
         negative_scales=negative / max(1, packed_parameters),
@@ -208,7 +215,12 @@ def _summarize(
     )
 
 
-def _tensor_summary(decision: Decision, emitted: Emitted, errors: dict[str, TensorError]) -> TensorSummary:
+def _tensor_summary(
+    decision: Decision,
+    emitted: Emitted,
+    errors: dict[str, TensorError],
+    output_errors: dict[str, OutputError],
+) -> TensorSummary:
     error = errors[decision.name]
     weight = error.squared_weight or 1.0
     return TensorSummary(
@@ -222,4 +234,5 @@ def _tensor_summary(decision: Decision, emitted: Emitted, errors: dict[str, Tens
         after=error.squared_error / weight,
         negative_scales=emitted.negative_scales,
         seconds=emitted.seconds,
+        output=output_errors.get(decision.name),
     )

@@ -96,7 +96,7 @@ def report_html(data: dict[str, Any]) -> str:
         ),
     )
     tensors = _table(
-        ["Tensor", "shape", "before", "after", "over -O0's", "", "negative", "seconds"],
+        ["Tensor", "shape", "before", "after", "over -O0's", "", "output, over -O0's", "negative", "seconds"],
         (
             [
                 tensor["name"],
@@ -105,6 +105,7 @@ def report_html(data: dict[str, Any]) -> str:
                 f"{tensor['after']:.6f}",
                 f"{tensor['ratio']:.4f}",
                 _Bar(tensor["ratio"]),
+                _output_ratio(tensor["output"]),
                 f"{tensor['negative_scales']:.1%}",
                 f"{tensor['seconds']:.2f}",
             ]
@@ -123,6 +124,10 @@ def report_html(data: dict[str, Any]) -> str:
 
 class _Bar(float):
     """A share, drawn as a bar; more than 1 is a full one."""
+
+
+def _output_ratio(output: dict[str, float] | None) -> str:
+    return f"{output['after'] / output['before']:.4f}" if output and output["before"] else ""
 
 
 def _table(head: list[str], rows: Iterable[list[str | _Bar]]) -> str:

@@ -15,6 +15,18 @@ from .quality import GroupError
 
 
 @dataclass(frozen=True)
+class OutputError:
+    """What rounding does at the output of a layer, relative to the output: squares over squares.
+
+    Attributes:
+        before: of -O0. after: of what was written. Both by the statistics that the encoder had.
+    """
+
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
 class TensorSummary:
     """What became of one packed tensor.
 
@@ -24,6 +36,7 @@ class TensorSummary:
         before, after: squared error over squared weight, of -O0 and of the file.
         negative_scales: share of its blocks whose scale is below zero.
         seconds: from the first byte read to the last written.
+        output: error at the layer's output, where the encoder knew what the layer reads.
     """
 
     name: str
@@ -36,6 +49,7 @@ class TensorSummary:
     after: float
     negative_scales: float
     seconds: float
+    output: OutputError | None = None
 
     @property
     def ratio(self) -> float:
@@ -89,6 +103,12 @@ class CompileSummary:
     verified: bool
 
     @property
+    def output_ratio(self) -> float | None:
+        """Error at the outputs over -O0's, mean over the layers where it is known; None without any."""
+        known = [t.output.after / t.output.before for t in self.tensors if t.output and t.output.before]
+        return sum(known) / len(known) if known else None
+
+    @property
     def bits_per_parameter(self) -> float:
         """Bits of the output for each parameter stored."""
         return 8 * self.file_bytes / max(1, self.num_parameters)
@@ -100,7 +120,11 @@ class CompileSummary:
 
     def as_json(self) -> dict[str, Any]:
         """Plain values without the single tensors, for --json."""
-        derived = {"bits_per_parameter": self.bits_per_parameter, "gb_per_second": self.gb_per_second}
+        derived = {
+            "bits_per_parameter": self.bits_per_parameter,
+            "gb_per_second": self.gb_per_second,
+            "output_ratio": self.output_ratio,
+        }
         values = {**asdict(replace(self, tensors=())), **derived}
         del values["tensors"]
         return values
@@ -138,6 +162,11 @@ class CompileSummary:
                     f"           squared error {self.plain_ratio:.3f} of -O0's "
                     f"({self.plain_ratio - 1:+.1%}); {self.negative_scales:.0%} of the scales are negative"
                 )
+        if self.output_ratio is not None:
+            lines.append(
+                f"  outputs  squared error of the layers' outputs {self.output_ratio:.3f} of -O0's, by the "
+                "statistics that were given"
+            )
         if self.resumed_bytes:
             lines.append(f"  resumed  {_bytes(self.resumed_bytes)} of the source were done already")
         lines.append(f"  time     {self.seconds:.2f} s, {self.gb_per_second:.2f} GB/s")

@@ -72,6 +72,17 @@ int64_t quantize_search_at(uintptr_t levels, uintptr_t thresholds, uintptr_t src
                          pointer<uint8_t>(absmax_u8), pointer<float>(nested_absmax), threads);
 }
 
+void scale_search_at(uintptr_t levels, uintptr_t thresholds, uintptr_t values, int64_t n, uintptr_t weights,
+                     int64_t period, uintptr_t absmax_u8, uintptr_t nested_absmax, int threads) {
+  require(n >= 0, "n", "at least 0", n);
+  require(period >= 1, "period", "at least 1", period);
+  check_threads(threads);
+  const py::gil_scoped_release unlocked;
+  scale_search(pointer<const float>(levels), pointer<const float>(thresholds), pointer<const float>(values),
+               n, pointer<const float>(weights), period, pointer<uint8_t>(absmax_u8),
+               pointer<float>(nested_absmax), threads);
+}
+
 float quantize_absmax_at(uintptr_t absmax_f32, int64_t n, uintptr_t absmax_u8, uintptr_t nested_absmax) {
   require(n >= 0, "n", "at least 0", n);
   const py::gil_scoped_release unlocked;
@@ -133,6 +144,8 @@ PYBIND11_MODULE(_native, m) {
         "n"_a, "codes"_a, "absmax_f32"_a, "threads"_a);
   m.def("quantize_search", &nf4::quantize_search_at, "levels"_a, "thresholds"_a, "src"_a, "dtype"_a, "n"_a,
         "codes"_a, "absmax_u8"_a, "nested_absmax"_a, "threads"_a);
+  m.def("scale_search", &nf4::scale_search_at, "levels"_a, "thresholds"_a, "values"_a, "n"_a, "weights"_a,
+        "period"_a, "absmax_u8"_a, "nested_absmax"_a, "threads"_a);
   m.def("quantize_absmax", &nf4::quantize_absmax_at, "absmax_f32"_a, "n"_a, "absmax_u8"_a, "nested_absmax"_a);
   m.def("first_nonfinite", &nf4::first_nonfinite_at, "src"_a, "dtype"_a, "n"_a, "nan_only"_a, "threads"_a);
   m.def("dequantize", &nf4::dequantize_at, "codes"_a, "absmax"_a, "quant_map"_a, "nested_absmax"_a,

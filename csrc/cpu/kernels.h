@@ -126,6 +126,11 @@ int64_t quantize_codes_onto(const float* levels, const float* thresholds, const 
 int64_t quantize_search(const float* levels, const float* thresholds, const void* values, Dtype dtype,
                         int64_t n, uint8_t* codes, uint8_t* absmax, float* nested_absmax, int threads);
 
+// search_weighted.cpp: absmax [ceil(n / 64)] and nested_absmax for finite values, when errors of value i
+// matter by weights[i % period].
+void scale_search(const float* levels, const float* thresholds, const float* values, int64_t n,
+                  const float* weights, int64_t period, uint8_t* absmax, float* nested_absmax, int threads);
+
 // nonfinite.cpp: index of the first NaN or infinity (NaN only, if so asked), or -1.
 int64_t first_nonfinite(const void* values, Dtype dtype, int64_t n, bool nan_only, int threads);
 

@@ -7,16 +7,13 @@
 #include <cmath>
 #include <cstring>
 
-#include "codebook.h"
 #include "float_environment.h"
 #include "isa.h"
-#include "rounding.h"
+#include "search_grid.h"
 #include "thread_pool.h"
 
 namespace nf4 {
 namespace {
-
-constexpr int kTried = 3;  // entries of the grid for each block: the nearest and its neighbours
 
 // The level nearest to y, in fixed point.
 int nearest(const int* levels, int y) {
@@ -54,38 +51,6 @@ struct Group {
   int64_t count;  // all together
 };
 
-// Entries of the 8-bit map next to each block's scale, and what the search needs to know of them.
-struct Grid {
-  uint8_t entries[kNestedBlock * kTried];
-  float scales[kNestedBlock * kTried];
-  int16_t inverses[kNestedBlock * kTried];
-  float weights[kNestedBlock * kTried];
-  float ratios[kNestedBlock * kTried];
-
-  // Scales that are zero, or so small that values lie far outside of the levels, are not compared.
-  void fill(const float* absmax, const float* wanted, float nested_absmax, int64_t count) {
-    const float inverse = limited_inverse(1.0f, nested_absmax);
-    for (int64_t i = 0; i < count; ++i) {
-      const uint8_t entry = nearest_nested(wanted[i] * inverse);
-      uint8_t* const tried = entries + i * kTried;
-      tried[0] = entry;
-      tried[1] = uint8_t(entry - (entry > 0));
-      tried[2] = uint8_t(entry + (entry < 255));
-      for (int j = 0; j < kTried; ++j) {
-        scales[i * kTried + j] = kNestedMap[tried[j]] * nested_absmax;
-        ratios[i * kTried + j] = absmax[i];
-      }
-    }
-    for (int64_t at = 0; at < count * kTried; ++at) {  // apart, so that it vectorizes
-      const float ratio = ratios[at] / scales[at];
-      const float fixed = ratio * float(kUnit);
-      const bool compared = std::fabs(fixed) <= float(kLargestInverse);  // not if it is NaN
-      inverses[at] = int16_t(bits_of((compared ? fixed : 0.0f) + kMagic) - bits_of(kMagic));
-      weights[at] = compared ? 1.0f / (ratio * ratio) : INFINITY;
-    }
-  }
-};
-
 // Encodes a group. Returns its first block with a NaN or an infinity, or -1.
 int64_t encode_group(const SearchTables& tables, const Group& group, Dtype dtype, uint8_t* absmax,
                      float* nested_absmax) {
@@ -99,26 +64,13 @@ int64_t encode_group(const SearchTables& tables, const Group& group, Dtype dtype
                           magnitudes + whole, scales + whole) >= 0) {
     return whole;
   }
-  float largest = 0;
-  for (int64_t i = 0; i < count; ++i) largest = std::max(largest, std::fabs(scales[i]));
-  *nested_absmax = largest;
-
   Grid grid;
   int32_t errors[kNestedBlock * kTried];
-  grid.fill(magnitudes, scales, largest, count);
+  *nested_absmax = grid.fill(magnitudes, scales, count);
   kernels.measure_blocks(tables, x, grid.inverses, count, kTried, errors);
-  for (int64_t i = 0; i < count; ++i) {
-    int64_t best = i * kTried;
-    float least = INFINITY;
-    for (int64_t at = i * kTried; at < (i + 1) * kTried; ++at) {
-      const float error = (float(errors[at]) + 1.0f) * grid.weights[at];  // + 1: not 0 times infinity
-      if (!(error < least)) continue;
-      best = at;
-      least = error;
-    }
-    absmax[i] = grid.entries[best];
-    scales[i] = grid.scales[best];
-  }
+  // + 1: not 0 times infinity.
+  for (int64_t i = 0; i < count * kTried; ++i) grid.errors[i] = float(errors[i]) + 1.0f;
+  grid.choose(count, absmax, scales);
   kernels.encode_blocks(tables, group.values, dtype, whole, scales, group.codes);
   kernels.encode_blocks(tables, group.short_values, dtype, count - whole, scales + whole, group.short_codes);
   return -1;

@@ -41,6 +41,21 @@ def quantize_search(
     [ceil(nb / 256)]. Returns as quantize_codes does.
     """
 
+def scale_search(
+    levels: int,
+    thresholds: int,
+    values: int,
+    n: int,
+    weights: int,
+    period: int,
+    absmax_u8: int,
+    nested_absmax: int,
+    threads: int,
+) -> None:
+    """Scales as quantize_search, of n finite float32 values, when errors of value i matter by
+    weights[i % period], float32 [period].
+    """
+
 def quantize_absmax(absmax_f32: int, n: int, absmax_u8: int, nested_absmax: int) -> float:
     """Scales uint8 [n] and float32 [ceil(n / 256)] of n float32 scales; returns nested_offset."""
 

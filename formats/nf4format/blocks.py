@@ -188,6 +188,36 @@ def quantize_search(
     return codes, absmax, nested_absmax
 
 
+def scale_search(
+    values: np.ndarray, weights: np.ndarray, *, levels: np.ndarray = NF4_LEVELS, threads: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
+    """The scales of `quantize_search`, where errors of some values matter more than those of others.
+
+    Args:
+        values: float32 [n], finite.
+        weights: float32 [period], not negative: the error of value i counts weights[i % period] times. For a
+            matrix [n / period, period] these are weights of its columns.
+        levels: float32 [16], as `check_levels` wants them.
+        threads: the most threads to use; the result does not depend on it.
+
+    Returns:
+        absmax uint8 [ceil(n / 64)], nested_absmax float32 [ceil(absmax.size / 256)]; the offset is 0.
+
+    Raises:
+        ValueError: an array has another dtype or is not contiguous, or levels do not serve.
+    """
+    _check_array("values", values, np.float32, values.size)
+    _check_array("weights", weights, np.float32, weights.size)
+    check_levels(levels)
+    absmax = np.empty(math.ceil(values.size / BLOCK), np.uint8)
+    nested_absmax = np.empty(math.ceil(absmax.size / NESTED_BLOCK), np.float32)
+    _native.scale_search(
+        levels.ctypes.data, thresholds_of(levels).ctypes.data, values.ctypes.data, values.size,
+        weights.ctypes.data, weights.size, absmax.ctypes.data, nested_absmax.ctypes.data, threads,
+    )  # fmt: skip
+    return absmax, nested_absmax
+
+
 def quantize_absmax(absmax_f32: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
     """Second stage ("double quantization"): block scales float32 [nb] to 8 bits.
 

@@ -12,7 +12,7 @@ import gc
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from .model.norm import RMSNorm
 from .weights import Weights
 
 if TYPE_CHECKING:
+    from .calibration.original import OriginalFile
     from .upload import Slab
 
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -137,6 +138,11 @@ def _build(file: Nf4File, dtype: str | torch.dtype | None, slab: Slab | None) ->
         _look_at_slab(places, slab, file)
         model.slab = slab.memory
     return model
+
+
+def build_original(file: OriginalFile, dtype: torch.dtype) -> CausalLM:
+    """The model over a mapped checkpoint, on the CPU. Raises LoadError as `load` does."""
+    return _build(cast(Nf4File, file), dtype, None)
 
 
 def _look_at_slab(places: list[_Place], slab: Slab, file: Nf4File) -> None:

@@ -131,6 +131,25 @@ def test_search_equals_the_reference(n: int, dtype: Dtype, levels: str, exponent
 
 @settings(deadline=None, max_examples=20, derandomize=True)
 @given(
+    n=st.one_of(st.integers(1, 400), st.integers(1, 40_000)),
+    period=st.integers(1, 500),
+    levels=st.sampled_from(list(LEVELS)),
+    exponent=st.integers(-120, 90),
+    seed=st.integers(0, 1000),
+)
+def test_weighted_search_equals_the_reference(
+    n: int, period: int, levels: str, exponent: int, seed: int
+) -> None:
+    values = uneven(n, "float32", exponent, seed)
+    weights = np.random.default_rng(seed).random(period, dtype=np.float32) ** 4
+    ours = blocks.scale_search(values, weights, levels=LEVELS[levels], threads=2)
+    expected = reference.scale_search(values, weights, levels=LEVELS[levels])
+    for name, one, other in zip(("absmax", "nested_absmax"), ours, expected, strict=True):
+        np.testing.assert_array_equal(one, other, err_msg=name)
+
+
+@settings(deadline=None, max_examples=20, derandomize=True)
+@given(
     n=st.integers(1, 10_000),
     dtype=st.sampled_from(DTYPES),
     levels=st.sampled_from(list(LEVELS)),

@@ -22,6 +22,7 @@ COMMANDS = {
     "eval": "Report token-level perplexity over a text file.",
     "train": "Fine-tune a LoRA adapter on a packed file.",
     "generate": "Continue a prompt.",
+    "calibrate": "Collect what qcompile -O2 and -O3 need to know of a model.",
     "export": "Write a directory that transformers, PEFT and bitsandbytes load.",
 }
 

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from . import write_json
+
+if TYPE_CHECKING:
+    from ..model.decoder import CausalLM
 
 _EXAMPLES = """\b
 Examples:
   nf4 eval model.nf4 held-out.txt --window 512
   nf4 eval model.nf4 held-out.txt --window 512 --adapter my-adapter
   nf4 eval model.nf4 held-out.txt --limit 20000 --json result.json
+  nf4 eval model.nf4 held-out.txt --against MODEL_DIR          how far from the original, token by token
 """
 
 
@@ -32,6 +37,12 @@ Examples:
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
     help="Arithmetic and activations.  [default: the checkpoint's]",
+)
+@click.option(
+    "--against",
+    type=click.Path(path_type=Path),
+    metavar="ORIGINAL",
+    help="The checkpoint directory (or .nf4 file) FILE was made from: report KL(original || FILE) too.",
 )
 @click.option("--limit", type=click.IntRange(1), help="The most tokens to predict.  [default: all]")
 @click.option(
@@ -55,6 +66,7 @@ def command(
     window: int | None,
     adapter: Path | None,
     dtype: str | None,
+    against: Path | None,
     device: str,
     limit: int | None,
     separator: str | None,
@@ -114,10 +126,46 @@ def command(
         "tokens": result.tokens,
         "seconds": seconds,
     }
+    if against:
+        facts |= _divergence_facts(model, against, ids, window, bos_id=tokenizer.bos_id, limit=limit)
     if json_path and write_json(json_path, facts):
         return
     click.echo(f"perplexity  {result.perplexity:.4f}")
     click.echo(
         f"tokens      {result.tokens:,} predicted, windows of {window}, {dtype_name} on {model.device}"
     )
+    if against:
+        click.echo(
+            f"original    {facts['original_perplexity']:.4f}\n"
+            f"KL          {facts['kl']:.5f} +- {facts['kl_error']:.5f} nats a token; "
+            f"the same first choice at {facts['same_choice']:.1%} of them"
+        )
     click.echo(f"speed       {result.tokens / seconds:,.0f} tokens/s, {seconds:.1f} s")
+
+
+def _divergence_facts(
+    model: CausalLM, original: Path, ids: list[int], window: int, *, bos_id: int | None, limit: int | None
+) -> dict[str, float | str]:
+    """What `--against` adds to the facts."""
+    import math
+
+    from ..calibration.original import OriginalFile
+    from ..loading import build_original, load
+    from ..text.divergence import divergence
+    from ..text.perplexity import windows_of
+
+    windows = windows_of(ids, window, bos_id)
+    if limit is not None:
+        windows = windows[: max(1, limit // (windows.shape[1] - 1))]
+    if original.is_dir():
+        other = build_original(OriginalFile(original), model.dtype).to(model.device).eval()
+    else:
+        other = load(original, device=model.device, dtype=model.dtype)
+    found = divergence(other, model, windows)
+    return {
+        "against": str(original),
+        "kl": found.kl,
+        "kl_error": found.kl_error,
+        "original_perplexity": math.exp(found.original_nll),
+        "same_choice": found.same_choice,
+    }

@@ -71,7 +71,7 @@ def perplexity(
     Raises:
         LoadError: a window too short, fewer than two tokens, or an id outside the vocabulary.
     """
-    windows = _windows(token_ids, window, bos_id)
+    windows = windows_of(token_ids, window, bos_id)
     vocab_size = model.config.vocab_size
     if not 0 <= int(windows.min()) <= int(windows.max()) < vocab_size:
         got = f"{int(windows.min())} to {int(windows.max())}"
@@ -92,8 +92,12 @@ def perplexity(
     return Perplexity(nll, tokens)
 
 
-def _windows(token_ids: Sequence[int], window: int, bos_id: int | None) -> torch.Tensor:
-    """int64 [windows, length], BOS in front where there is one."""
+def windows_of(token_ids: Sequence[int], window: int, bos_id: int | None) -> torch.Tensor:
+    """Tokens cut into windows, int64 [windows, length], BOS in front where there is one.
+
+    Raises:
+        LoadError: a window too short, or fewer than two tokens.
+    """
     head = 0 if bos_id is None else 1
     if window < 2:
         raise LoadError("", "window", expected="at least 2 tokens", got=window)

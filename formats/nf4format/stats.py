@@ -1,0 +1,303 @@
+"""Calibration statistics: second moments of what the linear layers of a model read, in a safetensors file.
+
+For a layer y = W x over many tokens, an encoder that knows H = mean of x xT can weigh errors by what they do
+to y. Weights that read the same x (q, k and v of a layer; gate and up) share an entry:
+
+    <entry>.diagonal   float32 [k]               mean of x_j^2
+    <entry>.moment     float32 [k (k + 1) / 2]   H: its upper triangle, row by row; only in full statistics
+    <entry>.cross      float32 [k, k]            mean of x yT; only after a second pass: there y is what the
+                                                 packed model reads, x what the original does, and the moment
+                                                 is that of y
+
+A file says which weights it is of, by name and by the SHA-256 of their bytes in the checkpoint, so that
+statistics of another model are refused weight by weight. Several files go together: other layers, or other
+data for the same ones, which are averaged by their numbers of tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final
+
+import numpy as np
+
+from .atomic import AtomicFile
+from .errors import FormatError
+from .files import open_regular, pread_into
+from .header import Header, read_header
+from .strictjson import parse_object
+from .tensorfile import begin_tensors, plan_tensors
+
+FORMAT: Final = "nf4.stats"
+VERSION: Final = "1"
+MAX_FEATURES: Final = 1 << 20
+_REMEDY: Final = "collect the statistics again with nf4 calibrate"
+
+
+@dataclass(frozen=True)
+class EntrySpec:
+    """One x: its number of features, and the weights [n, features] that read it, name -> SHA-256."""
+
+    name: str
+    features: int
+    weights: Mapping[str, str]
+
+
+class StatsWriter:
+    """Writes a file entry by entry; it appears whole, at the end of the `with` block."""
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        entries: Sequence[EntrySpec],
+        metadata: Mapping[str, str],
+        *,
+        tokens: int,
+        full: bool,
+        cross: bool = False,
+        overwrite: bool = False,
+    ) -> None:
+        """Args:
+        entries: all there will be.
+        metadata: what else is worth knowing, such as the fingerprint of the data; values are strings.
+        tokens: over which means are taken.
+        full: with moments.
+        cross: with cross moments.
+        """
+        tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for entry in entries:
+            tensors[f"{entry.name}.diagonal"] = ("F32", (entry.features,))
+            if full:
+                tensors[f"{entry.name}.moment"] = ("F32", (entry.features * (entry.features + 1) // 2,))
+            if cross:
+                tensors[f"{entry.name}.cross"] = ("F32", (entry.features, entry.features))
+        described = {
+            entry.name: {"features": entry.features, "weights": dict(entry.weights)} for entry in entries
+        }
+        known = {
+            FORMAT: VERSION,
+            f"{FORMAT}.entries": json.dumps(described, sort_keys=True, separators=(",", ":")),
+            f"{FORMAT}.tokens": str(tokens),
+        }
+        self._plan = plan_tensors(tensors, {**{f"{FORMAT}.{k}": v for k, v in metadata.items()}, **known})
+        self._file = AtomicFile(path, overwrite=overwrite)
+
+    def __enter__(self) -> StatsWriter:
+        self._file.__enter__()
+        begin_tensors(self._file, self._plan)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.__exit__(kind, error, trace)
+
+    def put(self, name: str, moment: np.ndarray, cross: np.ndarray | None = None) -> None:
+        """Write an entry from its moment, float32 [k, k] or only its diagonal [k], and its cross moment."""
+        diagonal = moment if moment.ndim == 1 else np.diagonal(moment)
+        self._write(f"{name}.diagonal", np.ascontiguousarray(diagonal, np.float32))
+        if f"{name}.moment" in self._plan.entries:
+            position = self._plan.entries[f"{name}.moment"].begin
+            for row in range(len(moment)):
+                part = np.ascontiguousarray(moment[row, row:], np.float32)
+                self._file.pwrite(part.data, position)
+                position += part.nbytes
+        if cross is not None:
+            self._write(f"{name}.cross", np.ascontiguousarray(cross, np.float32))
+
+    def _write(self, tensor: str, array: np.ndarray) -> None:
+        self._file.pwrite(array.data, self._plan.entries[tensor].begin)
+
+
+class WeightStats:
+    """What is known of the x of one weight; arrays are read when asked for.
+
+    Attributes:
+        features: length of x.
+        sha256: of the weight's bytes in the checkpoint.
+        tokens: over which means are taken.
+        has_moment, has_cross: whether these are there.
+    """
+
+    def __init__(self, parts: list[tuple[_File, str]], weight: str) -> None:
+        self._parts = parts
+        described = [file.entries[entry] for file, entry in parts]
+        self.features: int = described[0]["features"]
+        self.sha256: str = described[0]["weights"][weight]
+        self.tokens = sum(file.tokens for file, _ in parts)
+        for (file, _), other in zip(parts, described, strict=True):
+            if (other["features"], other["weights"][weight]) != (self.features, self.sha256):
+                raise FormatError(
+                    file.path,
+                    f"statistics of another model than those of {parts[0][0].path}",
+                    tensor=weight,
+                    expected=f"SHA-256 {self.sha256}",
+                    got=other["weights"][weight],
+                    remedy="give files of one model",
+                )
+        self.has_moment = all(file.has(f"{entry}.moment") for file, entry in parts)
+        self.has_cross = all(file.has(f"{entry}.cross") for file, entry in parts)
+
+    def diagonal(self) -> np.ndarray:
+        """Mean of x_j^2, float32 [features]."""
+        return self._mean("diagonal", (self.features,))
+
+    def moment(self) -> np.ndarray:
+        """Mean of x xT (after a second pass: y yT), float32 [features, features], symmetric."""
+        packed = self._mean("moment", (self.features * (self.features + 1) // 2,))
+        matrix = np.empty((self.features, self.features), np.float32)
+        position = 0
+        for row in range(self.features):
+            length = self.features - row
+            matrix[row, row:] = matrix[row:, row] = packed[position : position + length]
+            position += length
+        return matrix
+
+    def cross(self) -> np.ndarray:
+        """Mean of x yT, float32 [features, features]."""
+        return self._mean("cross", (self.features, self.features))
+
+    def _mean(self, kind: str, shape: tuple[int, ...]) -> np.ndarray:
+        total: np.ndarray | None = None
+        for file, entry in self._parts:
+            values = file.read(f"{entry}.{kind}", shape)
+            if total is None and len(self._parts) == 1:
+                return values
+            values *= np.float32(file.tokens / self.tokens)
+            total = values if total is None else np.add(total, values, out=total)
+        assert total is not None
+        return total
+
+
+class Stats:
+    """Statistics of a model, from one file or several; a context manager."""
+
+    def __init__(self, paths: Sequence[str | os.PathLike[str]]) -> None:
+        """Open and check headers and metadata; numbers are read when they are asked for.
+
+        Raises:
+            FormatError: not a file of statistics, a damaged one, or files of different models.
+        """
+        self._files: list[_File] = []
+        self.weights: dict[str, WeightStats] = {}
+        try:
+            parts: dict[str, list[tuple[_File, str]]] = defaultdict(list)
+            for path in paths:
+                file = _File(Path(path))
+                self._files.append(file)
+                for entry, described in file.entries.items():
+                    for weight in described["weights"]:
+                        parts[weight].append((file, entry))
+            self.weights = {weight: WeightStats(places, weight) for weight, places in parts.items()}
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        for file in self._files:
+            file.close()
+
+    def __enter__(self) -> Stats:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def metadata(self) -> list[dict[str, str]]:
+        """What each file says about itself, without the description of its entries."""
+        return [
+            {
+                key.removeprefix(f"{FORMAT}."): value
+                for key, value in file.header.metadata.items()
+                if key.startswith(f"{FORMAT}.") and key != f"{FORMAT}.entries"
+            }
+            for file in self._files
+        ]
+
+
+class _File:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._fd = open_regular(path)
+        try:
+            self.header: Header = read_header(self._fd, strict=False, name=path)
+            metadata = self.header.metadata
+            if metadata.get(FORMAT) != VERSION:
+                raise FormatError(
+                    path,
+                    "not a file of statistics",
+                    expected=f"{FORMAT} {VERSION!r} in the metadata",
+                    got=ascii(metadata.get(FORMAT))[:40],
+                    remedy=_REMEDY,
+                )
+            self.tokens = self._checked_tokens(metadata)
+            self.entries = self._checked_entries(metadata)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def has(self, tensor: str) -> bool:
+        return tensor in self.header.entries
+
+    def read(self, tensor: str, shape: tuple[int, ...]) -> np.ndarray:
+        """float32, held to be finite."""
+        values = np.empty(shape, np.float32)
+        pread_into(self._fd, values.data.cast("B"), self.header.entries[tensor].begin, self.path)
+        if not np.isfinite(values).all():
+            raise FormatError(self.path, "NaN or infinity", tensor=tensor, remedy=_REMEDY)
+        return values
+
+    def _checked_tokens(self, metadata: Mapping[str, str]) -> int:
+        text = metadata.get(f"{FORMAT}.tokens", "")
+        if not (text.isascii() and text.isdecimal() and 0 < len(text) <= 15 and int(text) > 0):
+            raise FormatError(
+                self.path,
+                f"{FORMAT}.tokens",
+                expected="a number above 0",
+                got=ascii(text)[:40],
+                remedy=_REMEDY,
+            )
+        return int(text)
+
+    def _checked_entries(self, metadata: Mapping[str, str]) -> dict[str, Any]:
+        try:
+            entries = parse_object(metadata.get(f"{FORMAT}.entries", "").encode())
+        except ValueError as error:
+            raise FormatError(self.path, f"{FORMAT}.entries: {error}", remedy=_REMEDY) from error
+        for name, described in entries.items():
+            if (
+                not isinstance(described, dict)
+                or set(described) != {"features", "weights"}
+                or type(described["features"]) is not int
+                or not 0 < described["features"] <= MAX_FEATURES
+                or not isinstance(described["weights"], dict)
+                or not all(isinstance(value, str) for value in described["weights"].values())
+            ):
+                raise FormatError(self.path, f"{FORMAT}.entries", tensor=name, remedy=_REMEDY)
+            features = described["features"]
+            shapes = {
+                f"{name}.diagonal": (features,),
+                f"{name}.moment": (features * (features + 1) // 2,),
+                f"{name}.cross": (features, features),
+            }
+            for tensor, shape in shapes.items():
+                found = self.header.entries.get(tensor)
+                if found is None and not tensor.endswith(".diagonal"):
+                    continue
+                if found is None or (found.dtype, found.shape) != ("F32", shape):
+                    got = f"{found.dtype} {list(found.shape)}" if found else "nothing"
+                    raise FormatError(
+                        self.path, tensor=tensor, expected=f"F32 {list(shape)}", got=got, remedy=_REMEDY
+                    )
+        return entries

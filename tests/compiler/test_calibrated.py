@@ -1,0 +1,251 @@
+"""Levels 2 and 3: each step against its definition, whole compilations, and statistics that do not serve."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from nf4format.blocks import dequantize, quantize
+from nf4format.codebook import BLOCK, NESTED_BLOCK, NESTED_MAP, NF4_LEVELS
+from nf4format.container import Nf4File
+from nf4format.stats import EntrySpec, StatsWriter
+from qcompile import feedback
+from qcompile.calibrated import decoded
+from qcompile.errors import CompileError
+from qcompile.options import CompileOptions
+from qcompile.pipeline import compile_checkpoint
+
+Write = Callable[..., Path]
+NAMES = ("layers.0.q_proj.weight", "layers.0.k_proj.weight", "layers.0.down_proj.weight")
+SHAPES = ((96, 128), (64, 128), (128, 172))
+
+
+def inputs(features: int, tokens: int = 2000, seed: int = 0) -> np.ndarray:
+    """Correlated, of uneven sizes: float64 [tokens, features]."""
+    rng = np.random.default_rng(seed)
+    mixing = rng.standard_normal((features // 4, features)) * np.exp(rng.standard_normal(features))
+    return rng.standard_normal((tokens, features // 4)) @ mixing + 0.3 * rng.standard_normal(
+        (tokens, features)
+    )
+
+
+def moment_of(x: np.ndarray) -> np.ndarray:
+    return (x.T @ x / len(x)).astype(np.float32)
+
+
+def weight(n: int, k: int, seed: int = 1) -> np.ndarray:
+    return (0.05 * np.random.default_rng(seed).standard_normal((n, k))).astype(np.float32)
+
+
+@pytest.mark.parametrize("shape", [(96, 128), (40, 172), (7, 100)])
+def test_output_error_falls_far_below_that_of_nearest_rounding(shape: tuple[int, int]) -> None:
+    w, x = weight(*shape), inputs(shape[1])
+    held_out = inputs(shape[1], seed=0)[:500] + 0.1 * np.random.default_rng(5).standard_normal(
+        (500, shape[1])
+    )
+    rounded = feedback.round_weight(w, moment_of(x), NF4_LEVELS, threads=2)
+    plain = dequantize(quantize(w, "float32")).reshape(w.shape)
+    difference = decoded(rounded, w.shape, NF4_LEVELS) - w
+    for h in (moment_of(x), moment_of(held_out)):
+        assert feedback.output_error(difference, h) < 0.6 * feedback.output_error(plain - w, h)
+
+
+def test_output_error_is_that_of_the_outputs() -> None:
+    w, x, d = weight(8, 64), inputs(64), weight(8, 64, seed=2)
+    outputs = x @ (w + d).T.astype(np.float64) - x @ w.T.astype(np.float64)
+    expected = np.square(outputs).sum() / len(x)
+    assert feedback.output_error(d, moment_of(x)) == pytest.approx(expected, rel=1e-4)
+
+
+def test_errors_are_carried_as_the_definition_says() -> None:
+    """The recursion of optimal brain surgery in float64: one column after the other, the inverse updated."""
+    w, h = weight(5, 64), feedback.damped(moment_of(inputs(64)))
+    absmax, nested = np.full(5, 255, np.uint8), np.array([0.13], np.float32)
+    rounding = feedback._Rounding(w, absmax, nested, NF4_LEVELS)
+    rounding.carry_errors(h)
+    order = np.argsort(-np.diagonal(h), kind="stable")
+    rest, inverse = w.astype(np.float64), np.linalg.inv(h.astype(np.float64))
+    for column in order:
+        scaled = rest[:, column] / 0.13
+        codes = abs(scaled[:, None] - NF4_LEVELS).argmin(axis=1)
+        np.testing.assert_array_equal(rounding.codes[column], codes)
+        error = (rest[:, column] - NF4_LEVELS[codes] * np.float64(np.float32(0.13))) / inverse[column, column]
+        rest -= error[:, None] * inverse[column]
+        inverse -= np.outer(inverse[:, column], inverse[column]) / inverse[column, column]
+
+
+@pytest.mark.parametrize("k", [128, 100])
+def test_descent_never_raises_the_cost_and_stays_on_the_grid(k: int) -> None:
+    w, h = weight(30, k), feedback.damped(moment_of(inputs(k)))
+    absmax, nested = feedback.scale_search(w.reshape(-1), np.ascontiguousarray(np.diagonal(h)))
+    rounding = feedback._Rounding(w, absmax, nested, NF4_LEVELS)
+    rounding.carry_errors(h)
+
+    def cost() -> float:
+        scales = NESTED_MAP[rounding.entries] * np.repeat(nested, NESTED_BLOCK)[: rounding.entries.size]
+        spread = np.repeat(scales, BLOCK)[: w.size].reshape(w.shape)
+        np.testing.assert_array_equal(spread.T, rounding._scales)
+        return feedback.output_error(NF4_LEVELS[rounding.codes.T] * spread - w, h)
+
+    costs = [cost()]
+    for _ in range(4):
+        rounding.descend(h)
+        costs.append(cost())
+    assert all(after <= before * (1 + 1e-5) for before, after in pairwise(costs))
+    assert costs[-1] < (0.97 if k % BLOCK == 0 else 0.98) * costs[0]  # scales move in whole blocks only
+
+
+def test_the_target_makes_up_for_what_came_before() -> None:
+    """Least squares from y to the original's output, with the same damping, from the data themselves."""
+    w, x = weight(6, 32).astype(np.float64), inputs(32)
+    y = x + 0.3 * np.random.default_rng(3).standard_normal(x.shape)
+    damping = feedback.DAMPING * np.square(y).mean()
+    # Minimise |W x - V y|^2 / tokens + damping |V - W|^2.
+    h, c = y.T @ y / len(y), x.T @ y / len(y)
+    expected = np.linalg.solve((h + damping * np.eye(32)).T, (w @ c + damping * w).T).T
+    found = feedback.target_weight(w.astype(np.float32), h.astype(np.float32), c.astype(np.float32))
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+    assert np.square(x @ w.T - y @ found.T).sum() < np.square((x - y) @ w.T).sum()
+
+
+def test_features_that_are_never_read_do_no_harm() -> None:
+    x = inputs(128)
+    x[:, 5] = 0
+    for moment in (moment_of(x), np.zeros((128, 128), np.float32)):
+        rounded = feedback.round_weight(weight(16, 128), moment, NF4_LEVELS, threads=1)
+        assert np.isfinite(decoded(rounded, (16, 128), NF4_LEVELS)).all()
+
+
+@pytest.fixture
+def model(write_checkpoint: Write) -> Path:
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        name: (0.05 * torch.randn(shape, generator=generator)).bfloat16()
+        for name, shape in zip(NAMES, SHAPES, strict=True)
+    }
+    return write_checkpoint({**tensors, "norm.weight": torch.ones(128)})
+
+
+def collect(
+    model: Path,
+    out: Path,
+    *,
+    names: tuple[str, ...] = NAMES,
+    full: bool = True,
+    cross: bool = False,
+    seed: int = 0,
+) -> str:
+    """Statistics as `nf4 calibrate` writes them."""
+    groups = [(names[:2], 128), (names[2:], 172)] if len(names) == 3 else [(names, 128)]
+    with safe_open(model / "model.safetensors", "pt") as tensors:
+        sums = {
+            name: hashlib.sha256(tensors.get_tensor(name).view(torch.uint8).numpy().tobytes()).hexdigest()
+            for name in names
+        }
+    entries = [
+        EntrySpec(group[0], features, {name: sums[name] for name in group}) for group, features in groups
+    ]
+    with StatsWriter(
+        out, entries, {"data_sha256": f"{seed:064x}"}, tokens=1000, full=full, cross=cross, overwrite=True
+    ) as writer:
+        for entry in entries:
+            x = inputs(entry.features, 1000, seed)
+            y = x + 0.1 * np.random.default_rng(seed).standard_normal(x.shape)
+            moment = moment_of(y if cross else x)
+            writer.put(
+                entry.name,
+                moment if full else np.ascontiguousarray(np.diagonal(moment)),
+                (x.T @ y / len(x)).astype(np.float32) if cross else None,
+            )
+    return str(out)
+
+
+def test_compilation_at_level_2(model: Path, tmp_path: Path) -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    stats = collect(model, tmp_path / "stats.safetensors")
+    out = tmp_path / "out.nf4"
+    summary = compile_checkpoint(model, out, CompileOptions(level=2, stats=(stats,), verify=True, jobs=1))
+    compile_checkpoint(model, tmp_path / "again.nf4", CompileOptions(level=2, stats=(stats,), jobs=3))
+    assert out.read_bytes() == (tmp_path / "again.nf4").read_bytes()
+    assert summary.output_ratio is not None
+    assert summary.output_ratio < 0.6
+    assert "squared error of the layers' outputs 0." in summary.text()
+    with Nf4File.open(out) as packed_file, safe_open(out, "pt") as peer:
+        options = json.loads(packed_file.metadata["nf4.options"])
+        assert options["stats"] == [{"data_sha256": "0" * 64, "tokens": "1000"}]
+        for tensor in summary.tensors:
+            packed = packed_file.packed(tensor.name)
+            keys = {key: peer.get_tensor(key) for key in peer.keys() if key.startswith(f"{tensor.name}.")}  # noqa: SIM118
+            state = functional.QuantState.from_dict(keys, device=torch.device("cpu"))
+            theirs = functional.dequantize_4bit(peer.get_tensor(tensor.name), state)
+            assert theirs.view(torch.uint16).numpy().tobytes() == dequantize(packed).tobytes()
+            assert tensor.output is not None
+            assert tensor.output.after < 0.7 * tensor.output.before
+
+
+def test_compilation_at_level_3_and_with_other_levels(model: Path, tmp_path: Path) -> None:
+    stats = collect(model, tmp_path / "second.safetensors", cross=True)
+    compile_checkpoint(model, tmp_path / "out.nf4", CompileOptions(level=3, stats=(stats,), verify=True))
+    options = CompileOptions(level=3, stats=(stats,), levels="int4", verify=True)
+    compile_checkpoint(model, tmp_path / "int4.nf4", options)
+    assert (tmp_path / "out.nf4").read_bytes() != (tmp_path / "int4.nf4").read_bytes()
+
+
+def test_diagonals_alone_give_the_weighted_search(model: Path, tmp_path: Path) -> None:
+    stats = collect(model, tmp_path / "stats.safetensors", full=False)
+    out = tmp_path / "out.nf4"
+    summary = compile_checkpoint(model, out, CompileOptions(level=2, stats=(stats,), verify=True))
+    assert summary.output_ratio is None
+    compile_checkpoint(model, tmp_path / "plain.nf4", CompileOptions(level=1))
+    h = moment_of(inputs(128, 1000))
+    with safe_open(model / "model.safetensors", "pt") as tensors:
+        w = tensors.get_tensor(NAMES[0]).float().numpy()
+    weighted = []
+    for path in (out, tmp_path / "plain.nf4"):
+        with Nf4File.open(path) as packed_file:
+            difference = dequantize(packed_file.packed(NAMES[0]), "float32").reshape(w.shape) - w
+            weighted.append((np.square(difference).sum(axis=0) * np.diagonal(h)).sum())
+    assert weighted[0] < 0.95 * weighted[1]
+
+
+def test_several_files_of_layers_and_of_data(model: Path, tmp_path: Path) -> None:
+    both = collect(model, tmp_path / "both.safetensors")
+    first = collect(model, tmp_path / "first.safetensors", names=NAMES[:2])
+    more = collect(model, tmp_path / "more.safetensors", seed=7)
+    summary = compile_checkpoint(model, tmp_path / "a.nf4", CompileOptions(level=2, stats=(both,)))
+    again = compile_checkpoint(model, tmp_path / "b.nf4", CompileOptions(level=2, stats=(both, more)))
+    assert summary.output_ratio is not None and again.output_ratio is not None
+    with pytest.raises(CompileError, match=r"'layers.0.down_proj.weight': no statistics of this weight"):
+        compile_checkpoint(model, tmp_path / "c.nf4", CompileOptions(level=2, stats=(first,)))
+    options = CompileOptions(level=2, stats=(first,), exclude=("*down*",))
+    compile_checkpoint(model, tmp_path / "c.nf4", options)
+
+
+def test_statistics_that_do_not_serve_are_refused(
+    model: Path, tmp_path: Path, write_checkpoint: Write
+) -> None:
+    first = collect(model, tmp_path / "first.safetensors")
+    second = collect(model, tmp_path / "second.safetensors", cross=True)
+    out = tmp_path / "out.nf4"
+    for options, message in (
+        (CompileOptions(level=2), "-O2: needs statistics; nf4 calibrate"),
+        (CompileOptions(level=1, stats=(first,)), "-O1 uses no statistics"),
+        (CompileOptions(level=3, stats=(first,)), "-O3 needs a second pass"),
+        (CompileOptions(level=2, stats=(second,)), "-O2 rounds by the original's own"),
+    ):
+        with pytest.raises(CompileError, match=message):
+            compile_checkpoint(model, out, options)
+    other = write_checkpoint(
+        {name: torch.randn(shape).bfloat16() for name, shape in zip(NAMES, SHAPES, strict=True)}, name="other"
+    )
+    with pytest.raises(CompileError, match=r"statistics of another model, expected SHA-256"):
+        compile_checkpoint(other, out, CompileOptions(level=2, stats=(first,)))
+    assert not out.exists()
