@@ -12,6 +12,8 @@ import click
 import pytest
 from click.testing import CliRunner
 
+import qcompile.cli
+from nf4.cli import COMMANDS, group
 from nf4.cli.parameters import Assignment, WeightedPath
 from nf4.cli.train import command
 from nf4.cli.train_config import read_config, write_config
@@ -127,8 +129,10 @@ def test_bad_files_are_told(name: str, content: str, message: str, tmp_path: Pat
 
 
 def test_pages_name_options_that_exist_and_their_file_is_read(tmp_path: Path) -> None:
-    known = {f"--{option.name}" for option in OPTIONS.values()}
-    known |= {f"--no-{option.name}" for option in OPTIONS.values() if option.kind is None}
+    context = click.Context(group)
+    commands = [qcompile.cli.command, *(group.get_command(context, name) for name in COMMANDS)]
+    options = [option for one in commands if one is not None for option in one.params]
+    known = {flag for option in options for flag in (*option.opts, *option.secondary_opts)}
     pages = {path.name: path.read_text() for path in (Path(__file__).parents[2] / "docs").glob("*.md")}
     for name, text in pages.items():
         assert set(re.findall(r"`[^`\n]*?(--[a-z][a-z-]*)", text)) <= known, name
