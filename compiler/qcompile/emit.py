@@ -6,7 +6,6 @@ the output becomes depends on its tensor alone, so that the number of threads an
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +20,7 @@ from nf4format.blocks import NonFinite, first_nonfinite
 from nf4format.checkpoint import Checkpoint
 from nf4format.codebook import NESTED_MAP, NF4_LEVELS
 from nf4format.encode import Constants, Encoder
+from nf4format.files import pread_exactly
 from nf4format.layout import FILE_PREFIX, QUANT_STATE, quant_state_json
 
 from .errors import CompileError
@@ -172,9 +172,8 @@ class _Emitter:
 
         def decode(start: int, stop: int) -> np.ndarray:
             # From the file: what is measured is what was written.
-            codes = np.frombuffer(
-                os.pread(self._file.fd, -(-(stop - start) // 2), codes_begin + start // 2), np.uint8
-            )
+            size, begin = -(-(stop - start) // 2), codes_begin + start // 2
+            codes = np.frombuffer(pread_exactly(self._file.fd, size, begin, self._file.path), np.uint8)
             return decode_segment(codes, constants, start, stop, reader.dtype, levels=self._levels)
 
         with self._scratch.scales(reader.num_values) as scales:

@@ -100,18 +100,18 @@ class Journal:
         """
         self.check()
         ranges = self._ranges[name]
-        record = {
-            "name": name,
-            "ranges": self._with_sums(ranges, 1),
-            "sha256": emitted.sha256,
-            "seconds": emitted.seconds,
-            "error": None if emitted.error is None else dataclasses.asdict(emitted.error),
-            "negative_scales": emitted.negative_scales,
-        }
         try:
+            record = {
+                "name": name,
+                "ranges": self._with_sums(ranges, 1),
+                "sha256": emitted.sha256,
+                "seconds": emitted.seconds,
+                "error": None if emitted.error is None else dataclasses.asdict(emitted.error),
+                "negative_scales": emitted.negative_scales,
+            }
             line = _line(record)
-        except ValueError:  # the error of enormous weights may be infinite: such a tensor is done again
-            return
+        except ValueError:  # such as an error that is infinite, of enormous weights
+            return  # a later run does this tensor again
         with self._lock:
             if not self._pending:
                 self._pending_since = time.monotonic()
@@ -192,7 +192,7 @@ class Journal:
     def _with_sums(self, ranges: Ranges, threads: int) -> list[list[Any]]:
         sums, failure = _native.hash_ranges(self._file.fd, ranges, threads, None)
         if failure is not None:
-            raise ValueError("the file is shorter than the plan, or cannot be read")
+            raise ValueError("the file cannot be read, or is shorter than the plan")
         return [[begin, end, f"{value:016x}"] for (begin, end), value in zip(ranges, sums, strict=True)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nf4format.atomic import write_error
 from nf4format.codebook import BLOCK
 
 # Anonymous memory that scales may take, all threads together; chunk buffers come on top of it.
@@ -50,6 +52,10 @@ class Scratch:
                 self._freed.notify_all()
 
     def _in_a_file(self, num_blocks: int) -> np.ndarray:
-        with tempfile.TemporaryFile(dir=self._directory) as file:
-            file.truncate(4 * num_blocks)
-            return np.frombuffer(mmap.mmap(file.fileno(), 4 * num_blocks), np.float32)
+        try:
+            with tempfile.TemporaryFile(dir=self._directory) as file:
+                # The space is claimed now: a full disk is an error here, and a bus error in the mapping.
+                os.posix_fallocate(file.fileno(), 0, 4 * num_blocks)
+                return np.frombuffer(mmap.mmap(file.fileno(), 4 * num_blocks), np.float32)
+        except OSError as error:
+            raise write_error(self._directory, error) from error

@@ -27,7 +27,6 @@ _AT_FDCWD: Final = -100
 # O_EXCL and O_NOFOLLOW: never through a link that someone else put there.
 NEW_FILE: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
 _UNSUPPORTED: Final = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
-_OUT_OF_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _MAX_NAME_BYTES: Final = 255
 
 _REMEDIES: Final[dict[int, str]] = {
@@ -194,8 +193,10 @@ class AtomicDirectory:
         return self._temporary
 
     def _clean_up(self) -> None:
-        if self._removable:
-            shutil.rmtree(self._temporary, ignore_errors=True)
+        for _ in range(2):  # a passing shortage of descriptors or memory leaves some of it
+            if self._removable and os.path.lexists(self._temporary):
+                with contextlib.suppress(OSError):
+                    shutil.rmtree(self._temporary, ignore_errors=True)
 
     def _commit(self) -> None:
         with _told(self.path):
@@ -206,18 +207,30 @@ class AtomicDirectory:
             if not exists:
                 self._temporary.rename(self.path)
             else:
-                # From here until all is carried over, the temporary name may be that of the old directory.
-                self._removable = False
-                try:
-                    _exchange(self._temporary, self.path)
-                except OSError:
-                    self._removable = True
-                    raise
-                for child in list(self._temporary.iterdir()):
-                    if _is_directory(child) and not os.path.lexists(self.path / child.name):
-                        child.rename(self.path / child.name)
-                self._removable = True
+                self._take_the_place()
             _sync_directory(self.path.parent)
+
+    def _take_the_place(self) -> None:
+        """Swap with the old directory and carry over its directories; if that fails, all is put back."""
+        new = self._temporary.stat()
+        carried: list[Path] = []
+        self._removable = False  # what has the temporary name may be the old directory from here on
+        try:
+            _exchange(self._temporary, self.path)
+            for child in list(self._temporary.iterdir()):
+                if _is_directory(child) and not os.path.lexists(self.path / child.name):
+                    carried.append(child)
+                    child.rename(self.path / child.name)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                if os.path.samestat(self.path.stat(), new):
+                    for child in carried:
+                        if not os.path.lexists(child):
+                            (self.path / child.name).rename(child)
+                    _exchange(self._temporary, self.path)
+                self._removable = True
+            raise
+        self._removable = True
 
     def __exit__(
         self,
@@ -230,15 +243,20 @@ class AtomicDirectory:
                 self._commit()
         finally:
             surely(self._clean_up)
-        if isinstance(error, OSError) and error.errno in _OUT_OF_ROOM:
+        if isinstance(error, OSError) and self._is_within(error):
             raise write_error(self.path, error) from error
+
+    def _is_within(self, error: OSError) -> bool:
+        """Whether a system call of the block failed at what it writes."""
+        name = error.filename
+        return not isinstance(name, str | os.PathLike) or self._temporary in Path(name).parents
 
 
 def surely(action: Callable[[], None]) -> None:
     """Do it to its end, also if Ctrl-C or SIGTERM comes meanwhile. It must bear being begun again."""
     try:
         action()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, MemoryError):
         action()
         raise
 

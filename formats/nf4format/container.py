@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import mmap as mmap_module
 import os
@@ -241,9 +242,10 @@ class Nf4File:
 
     def close(self) -> None:
         """Give up the descriptor and the mapping. Arrays handed out stay valid: they hold their memory."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            with contextlib.suppress(OSError):  # the descriptor is gone all the same, and nothing was written
+                os.close(fd)
         self._memory = None
 
     def __enter__(self) -> Nf4File:

@@ -18,7 +18,7 @@ import stat
 from pathlib import Path
 from typing import Final, NoReturn
 
-from .atomic import NEW_FILE, AtomicFile, hidden_beside
+from .atomic import NEW_FILE, AtomicFile, hidden_beside, surely
 from .errors import WriteError
 
 _PARTIAL: Final = ".partial"
@@ -58,7 +58,11 @@ class ResumableFile(AtomicFile):
         self._lock = -1  # a duplicate of `fd`, open until all is renamed or removed
 
     def __enter__(self) -> ResumableFile:
-        super().__enter__()
+        try:
+            super().__enter__()
+        except BaseException:
+            surely(self._clean_up)
+            raise
         return self
 
     def _open_temporary(self) -> None:
@@ -76,7 +80,8 @@ class ResumableFile(AtomicFile):
                 if self._adopt(fd, is_new):
                     return
             finally:
-                os.close(fd)
+                with contextlib.suppress(OSError):
+                    os.close(fd)
         self._refuse_other("other runs take it again and again", "let one run at a time write it")
 
     def _open_existing(self) -> int:
@@ -114,6 +119,11 @@ class ResumableFile(AtomicFile):
         self.journal_path.unlink(missing_ok=True)
         self._temporary.unlink(missing_ok=True)
 
+    def _commit(self) -> None:
+        if not _is_at(self._lock, self._temporary):  # someone removed it by hand, and perhaps began another
+            self._refuse_other("{} was removed while it was written", "let it be, and run again")
+        super()._commit()
+
     def _take(self, fd: int) -> bool:
         """Lock the file; False where the file system has no locks."""
         try:
@@ -127,7 +137,7 @@ class ResumableFile(AtomicFile):
         return True
 
     def _refuse_other(self, problem: str, remedy: str) -> NoReturn:
-        raise WriteError(self.path, problem, remedy=remedy.format(self._temporary))
+        raise WriteError(self.path, problem.format(self._temporary), remedy=remedy.format(self._temporary))
 
     def _clean_up(self) -> None:
         with contextlib.suppress(OSError):
@@ -136,6 +146,9 @@ class ResumableFile(AtomicFile):
                     self._remove()
             elif self._is_committed:
                 self.journal_path.unlink(missing_ok=True)
+        if self._lock >= 0:
+            with contextlib.suppress(OSError):
+                fcntl.flock(self._lock, fcntl.LOCK_UN)  # a mapping may hold the file open still
         for fd in (self.fd, self._lock):
             if fd >= 0:
                 with contextlib.suppress(OSError):
@@ -154,6 +167,7 @@ def partial_path(path: Path) -> Path:
 
 
 def _is_at(fd: int, path: Path) -> bool:
+    """Only who holds the lock of what is there may rename or remove it."""
     try:
         there = os.lstat(path)
     except FileNotFoundError:

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from nf4format import encode
 from nf4format.errors import Nf4Error, WriteError
 from nf4format.resumable import ResumableFile, partial_path
-from qcompile import journal
+from qcompile import emit, journal
 from qcompile.errors import CompileError
 from qcompile.options import CompileOptions
 from qcompile.pipeline import compile_checkpoint
@@ -55,8 +56,6 @@ def whole(model: Path, tmp_path: Path) -> tuple[bytes, CompileSummary]:
 
 def stop_after(tensors: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The next run stops where it would write the tensor after this many; largest tensors come first."""
-    from qcompile import emit
-
     real, done = emit._Emitter.emit, []
 
     def emit_some(self: Any, decision: Any) -> Any:
@@ -192,23 +191,33 @@ def test_journal_on_a_disk_that_fails(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
     """Lost pages end the run; a journal that cannot be written does not."""
-    real = getattr(os, call)
+    real, real_emit, has_failed = getattr(os, call), emit._Emitter.emit, threading.Event()
 
     def fail(fd: int, *arguments: Any) -> Any:
         if name_of(fd).startswith(".out"):
+            has_failed.set()
             raise OSError(5, "Input/output error")
         return real(fd, *arguments)
 
     monkeypatch.setattr(journal, "SYNC_SECONDS", 0.0)
     monkeypatch.setattr(journal, "_PERIOD_S", 0.0)
     monkeypatch.setattr(os, call, fail)
+    done: list[str] = []
+
+    def emit_later(self: Any, decision: Any) -> Any:
+        if done:
+            assert has_failed.wait(20)
+        done.append(decision.name)
+        return real_emit(self, decision)
+
+    monkeypatch.setattr(emit._Emitter, "emit", emit_later)
     out = tmp_path / "out.nf4"
     if call == "write":
-        compile_checkpoint(model, out)
+        compile_checkpoint(model, out, CompileOptions(jobs=1))
         assert left(out) == ["out.nf4"]
     else:
         with pytest.raises(WriteError, match="input/output error"):
-            compile_checkpoint(model, out)
+            compile_checkpoint(model, out, CompileOptions(jobs=1))
         assert left(out) == []
 
 

@@ -1,12 +1,16 @@
 """Scales of any size and number stay within the budget."""
 
+import errno
+import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pytest
 
+from nf4format.errors import WriteError
 from qcompile.scratch import Scratch
 
 
@@ -49,3 +53,15 @@ def test_room_is_given_back_after_an_error(tmp_path: Path) -> None:
                 raise KeyError
         except KeyError:
             pass
+
+
+def test_a_full_disk_is_an_error_and_no_bus_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    scratch = Scratch(tmp_path, budget_bytes=0)
+    for _ in range(2):  # nothing stays taken
+        with pytest.raises(WriteError, match="no space left"), scratch.scales(1000):
+            pass
+    assert list(tmp_path.iterdir()) == []

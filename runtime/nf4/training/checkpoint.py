@@ -28,7 +28,7 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
-from nf4format.atomic import AtomicDirectory, AtomicFile
+from nf4format.atomic import AtomicDirectory, AtomicFile, write_error
 from nf4format.errors import FormatError
 from nf4format.files import open_regular, pread_into, read_capped
 from nf4format.header import Header, TensorEntry, read_header
@@ -119,9 +119,7 @@ def write_checkpoint(folder: Path, model: nn.Module, optimizer: PagedAdamW, stat
     state.optimizer_steps = list(optimizer.steps)
     state.loss_scale = None if optimizer.loss_scale is None else optimizer.loss_scale.state_dict()
     path = checkpoint_path(folder, state.step)
-    with contextlib.suppress(FileExistsError, FileNotFoundError):  # AtomicDirectory tells what is wrong
-        folder.mkdir()
-    with AtomicDirectory(path, replace=True) as temporary:
+    with _made(folder), AtomicDirectory(path, replace=True) as temporary:
         save_adapter(model, temporary / ADAPTER_NAME)
         _write_tensors(temporary / TENSORS_NAME, model, optimizer)
         record = {"format": FORMAT} | asdict(state)
@@ -131,6 +129,26 @@ def write_checkpoint(folder: Path, model: nn.Module, optimizer: PagedAdamW, stat
         text = json.dumps(record | {"sum": _sum_of(record)}, indent=2)
         (temporary / STATE_NAME).write_text(text + "\n", encoding="ascii")
     return path
+
+
+@contextlib.contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """Make a directory if it is not there; and remove it again if it is empty after a failure."""
+    is_new = False
+    try:
+        folder.mkdir()
+        is_new = True
+    except (FileExistsError, FileNotFoundError):
+        pass  # AtomicDirectory tells what is wrong
+    except OSError as error:
+        raise write_error(folder, error) from error
+    try:
+        yield
+    except BaseException:
+        if is_new:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
