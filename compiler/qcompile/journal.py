@@ -197,12 +197,14 @@ class Journal:
 
 
 def plan_key(checkpoint: Checkpoint, plan: Plan, options: CompileOptions) -> str:
-    """SHA-256 (hex) of all that decides bytes of the output, the weights by size and time of their files."""
+    """SHA-256 (hex) of all that decides bytes; weights and statistics by sizes and times of their files."""
+    stats = [Path(path).stat() for path in options.stats]
     parts = {
         "header": hashlib.sha256(plan.layout.header_bytes()).hexdigest(),  # options and version are in it
         "levels": hashlib.sha256(options.level_table().tobytes()).hexdigest(),
         "files": {name: hashlib.sha256(content).hexdigest() for name, content in checkpoint.files.items()},
         "shards": checkpoint.sizes_and_times(),
+        "stats": [(status.st_size, status.st_mtime_ns) for status in stats],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
