@@ -159,6 +159,30 @@ def interrupt_evaluation(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     monkeypatch.setattr(run_module, "evaluate", evaluate)
 
 
+def test_one_run_at_a_time(
+    make_model: MakeModel, options: TrainOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second run to the same output is refused while one is under way, and leaves its files alone."""
+    refused = []
+
+    def begin_others() -> None:
+        before = {path: path.read_bytes() for path in options.out.parent.rglob("*") if path.is_file()}
+        for how, problem in (
+            ({}, "exists already"),
+            ({"resume": NEWEST}, "another run is writing it; wait"),
+            ({"force": True}, "another run is writing it; wait"),
+        ):
+            with pytest.raises(TrainError, match=rf"adapter.jsonl: {problem}"):
+                train(make_model(), ByteTokenizer(), changed(options, **how))
+            refused.append(problem)
+        after = {path: path.read_bytes() for path in options.out.parent.rglob("*") if path.is_file()}
+        assert after == before
+
+    interrupt_at(monkeypatch, 7, begin_others)
+    train(make_model(), ByteTokenizer(), options)
+    assert len(refused) == 3
+
+
 def test_twenty_random_stops_change_no_byte(
     make_model: MakeModel,
     options: TrainOptions,

@@ -71,6 +71,9 @@ def main() -> None:
     except Nf4Error as error:
         click.echo(f"nf4: {error}", err=True)
         sys.exit(1)
+    except MemoryError:
+        click.echo("nf4: not enough memory", err=True)
+        sys.exit(1)
     except OSError as error:
         reason = error.strerror or str(error)
         click.echo(f"nf4: {error.filename}: {reason}" if error.filename else f"nf4: {reason}", err=True)

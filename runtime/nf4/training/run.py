@@ -111,7 +111,13 @@ class Run:
         self.say(f"going on from {checkpoint.path}, after step {state.step}")
 
     def begin(self) -> None:
-        """Remove what an earlier run left, which would be taken for this one's."""
+        """Remove what an earlier run left, which would be taken for this one's.
+
+        Raises:
+            TrainError: another run to the same output is under way.
+        """
+        for log in (self.log, self.timing):
+            log.check_free()
         for path in list_checkpoints(self.options.checkpoints_path):
             shutil.rmtree(path)
         if (self.options.best_path / CONFIG_NAME).exists():

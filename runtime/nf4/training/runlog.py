@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import math
 import os
+import stat
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -49,6 +51,7 @@ class RunLog:
         except OSError as error:
             raise self._other(f"cannot be opened: {error.strerror}") from error
         try:
+            self._take(fd)
             at = 0
             while at < position.num_bytes:
                 data = os.pread(fd, min(_READ_BYTES, position.num_bytes - at), at)
@@ -64,6 +67,29 @@ class RunLog:
             self._sum = xxhash.xxh3_64()
             raise
         self._fd, self._size = fd, position.num_bytes
+
+    def check_free(self) -> None:
+        """Raise TrainError if another run is writing this log; call it before removing what a run left."""
+        if not self.path.is_file():
+            return
+        try:
+            fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
+        except OSError:  # told when it is to be written
+            return
+        try:
+            self._take(fd)
+        finally:
+            os.close(fd)
+
+    def _take(self, fd: int) -> None:
+        """Lock the file for this run, where the file system has locks; they end with the process."""
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            remedy = "wait for its end, or choose another name"
+            raise TrainError(self.path, "another run is writing it", remedy=remedy) from error
+        except OSError:
+            pass
 
     def _other(self, problem: str) -> TrainError:
         remedy = "put the log of that run there, or pass --force to begin a new one"
@@ -97,8 +123,11 @@ class RunLog:
         line = (json.dumps(finite) + "\n").encode()
         try:
             if self._fd is None:
-                flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC
+                flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
                 self._fd = os.open(self.path, flags, 0o666)
+                self._take(self._fd)
+                if stat.S_ISREG(os.fstat(self._fd).st_mode):
+                    os.ftruncate(self._fd, 0)
             if os.write(self._fd, line) != len(line):
                 os.ftruncate(self._fd, self._size)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
