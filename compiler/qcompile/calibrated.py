@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from nf4format.encode import ENCODERS, Constants, Encoder, TensorSource, WriteCo
 from nf4format.levels import thresholds_of
 from nf4format.stats import Stats, WeightStats
 
+from .absorb import ROUNDS, Corrections, LowRank
 from .errors import CompileError
 from .feedback import Rounded, output_error, round_weight, target_weight
 from .options import CompileOptions
@@ -88,7 +90,7 @@ class Encoders:
         """Raises:
         CompileError: the statistics do not serve, see `check_stats`; or are missing, or of no use.
         """
-        self._level, self._stats = options.level, stats
+        self._level, self._stats, self._rank = options.level, stats, options.adapter_rank
         if options.level <= DATA_FREE and options.stats:
             raise CompileError(
                 "--stats", f"-O{options.level} uses no statistics", remedy="give -O2 or -O3 with them"
@@ -102,15 +104,43 @@ class Encoders:
                     "--stats stats.safetensors",
                 )
             check_stats(stats, plan, options.level)
+        if options.adapter:
+            self._check_adapter(plan, options.adapter, options.resume)
         self._turn = threading.Lock()
         self._made: dict[str, CalibratedEncoder] = {}
+
+    def _check_adapter(self, plan: Plan, path: str, resume: bool) -> None:
+        if resume:
+            raise CompileError("--adapter", "cannot be taken up again", remedy="leave out --resume")
+        if not Path(path).absolute().parent.is_dir():
+            raise CompileError(path, "its directory does not exist", remedy="make it first")
+        for decision in plan.decisions:
+            if not decision.quantize or decision.role is not Role.LINEAR:
+                continue
+            known = self._stats.weights.get(decision.name)
+            if known is None or not known.has_moment:
+                raise CompileError(
+                    "--adapter",
+                    "needs -O2 and whole moments",
+                    tensor=decision.name,
+                    remedy="nf4 calibrate --full, then -O2 --stats",
+                )
+            if self._rank > min(decision.shape):
+                raise CompileError(
+                    "--rank",
+                    "larger than a weight",
+                    tensor=decision.name,
+                    expected=f"at most {min(decision.shape)}",
+                    got=self._rank,
+                )
 
     def of(self, decision: Decision) -> Encoder:
         """The encoder of one tensor; without statistics of it that of the highest level that needs none."""
         known = self._stats.weights.get(decision.name)
         if self._level <= DATA_FREE or known is None:
             return ENCODERS[min(self._level, DATA_FREE)]
-        encoder = CalibratedEncoder(decision, known, self._level, self._turn)
+        rank = self._rank if decision.role is Role.LINEAR else 0
+        encoder = CalibratedEncoder(decision, known, self._level, rank, self._turn)
         self._made[decision.name] = encoder
         return encoder
 
@@ -118,18 +148,31 @@ class Encoders:
     def output_errors(self) -> dict[str, OutputError]:
         return {name: made.output_error for name, made in self._made.items() if made.output_error}
 
+    @property
+    def corrections(self) -> dict[str, LowRank]:
+        """Of each weight that has one, in order of names."""
+        return {name: made.correction for name, made in sorted(self._made.items()) if made.correction}
+
 
 class CalibratedEncoder:
     """Encodes one weight; holds it whole, its moment and a few matrices of their sizes.
 
     Attributes:
-        output_error: known once it has run, and only with moments.
+        output_error: known once it has run, and only with moments; of the file and its adapter, if any.
+        correction: the weight's part of the adapter.
     """
 
-    def __init__(self, decision: Decision, stats: WeightStats, level: int, turn: threading.Lock) -> None:
-        """`turn`: one for all encoders of a compilation, so that one tensor is worked on at a time."""
-        self._decision, self._stats, self._level, self._turn = decision, stats, level, turn
+    def __init__(
+        self, decision: Decision, stats: WeightStats, level: int, rank: int, turn: threading.Lock
+    ) -> None:
+        """Args:
+        rank: of the correction; 0 = none.
+        turn: one for all encoders of a compilation, so that one tensor is worked on at a time.
+        """
+        self._decision, self._stats, self._level, self._rank = decision, stats, level, rank
+        self._turn = turn
         self.output_error: OutputError | None = None
+        self.correction: LowRank | None = None
 
     def __call__(
         self,
@@ -177,6 +220,13 @@ class CalibratedEncoder:
         if self._level >= 3:
             wanted = np.ascontiguousarray(target_weight(weight, moment, self._stats.cross()))
         rounded = round_weight(wanted, moment, levels, threads=threads)
+        if self._rank:
+            corrections = Corrections(moment, self._rank)
+            for turn in range(ROUNDS):
+                if turn:
+                    rest = wanted - self.correction.product()  # type: ignore[union-attr]
+                    rounded = round_weight(rest, moment, levels, threads=threads)
+                self.correction = corrections.of(wanted - decoded(rounded, weight.shape, levels))
         self.output_error = self._measure(weight, rounded, levels, moment)
         return rounded
 
@@ -185,7 +235,10 @@ class CalibratedEncoder:
     ) -> OutputError:
         plain = dequantize(quantize(weight, "float32")).reshape(weight.shape)
         total = output_error(weight, moment) or 1.0
-        after = output_error(decoded(rounded, weight.shape, levels) - weight, moment)
+        ours = decoded(rounded, weight.shape, levels)
+        if self.correction:
+            ours += self.correction.product()
+        after = output_error(ours - weight, moment)
         return OutputError(output_error(plain - weight, moment) / total, after / total)
 
     def _weighted(self, weight: np.ndarray, levels: np.ndarray, threads: int) -> Rounded:

@@ -61,6 +61,12 @@ Examples:
     help="Statistics of this model by nf4 calibrate; repeatable: other layers, or more data.",
 )
 @click.option(
+    "--adapter",
+    metavar="DIR",
+    help="At -O2: write a PEFT adapter, of OUT.nf4 alone, that takes up most of what rounding leaves over.",
+)
+@click.option("--rank", type=click.IntRange(1), default=16, help="Rank of that adapter.")
+@click.option(
     "--levels",
     default="nf4",
     metavar="|".join([*LEVELS, "FILE"]),
@@ -113,6 +119,8 @@ def command(  # noqa: PLR0917 - one parameter for each option; click passes them
     out: str,
     level: str,
     stats: tuple[str, ...],
+    adapter: str | None,
+    rank: int,
     levels: str,
     include: tuple[str, ...],
     exclude: tuple[str, ...],
@@ -139,6 +147,8 @@ def command(  # noqa: PLR0917 - one parameter for each option; click passes them
     options = CompileOptions(
         level=int(level),
         stats=stats,
+        adapter=adapter,
+        rank=rank,
         levels=levels,
         include=include,
         exclude=exclude,

@@ -30,6 +30,10 @@ DAMPING = 0.1
 PASSES = 3
 """Of coordinate descent."""
 
+PAYBACK = 0.5
+"""How far level 3 goes from the original weight to the one that makes up for earlier layers. Their errors
+were measured in another file than the one that is being written, whose errors are alike in part only."""
+
 _PANEL = 128  # columns whose errors are carried to the rest at once
 _NESTED_THRESHOLDS = (NESTED_MAP[:-1] + NESTED_MAP[1:]) / np.float32(2)
 
@@ -53,7 +57,8 @@ def damped(moment: np.ndarray, damping: float = DAMPING) -> np.ndarray:
 
 
 def target_weight(weight: np.ndarray, moment: np.ndarray, cross: np.ndarray) -> np.ndarray:
-    """The weight whose output on y is nearest to the original's on x: W + W (C - H) (H + damping)^-1.
+    """Towards the weight whose output on y is nearest to the original's on x: W (C - H) (H + damping)^-1 is
+    the way to it from W, of which PAYBACK is gone.
 
     Args:
         weight: [n, k]. moment: H, undamped. cross: C.
@@ -61,7 +66,7 @@ def target_weight(weight: np.ndarray, moment: np.ndarray, cross: np.ndarray) -> 
     correction = np.linalg.solve(
         damped(moment).astype(np.float64), (cross.astype(np.float64) - moment).T
     ).T.astype(np.float32)
-    return weight + weight @ correction
+    return weight + np.float32(PAYBACK) * (weight @ correction)
 
 
 def round_weight(weight: np.ndarray, moment: np.ndarray, levels: np.ndarray, *, threads: int) -> Rounded:

@@ -20,6 +20,8 @@ class CompileOptions:
     Attributes:
         level: optimisation level of the encoder; the decoder is the same for all.
         stats: files of statistics, for levels 2 and 3.
+        adapter: directory for an adapter that takes up what rounding leaves over; None = none.
+        rank: of that adapter.
         levels: table of levels: a name of `nf4format.levels.LEVELS`, or a file (`read_levels`).
         include: patterns (`fnmatch`, on full tensor names); if any is given, only tensors that match one
             of them are candidates for quantization.
@@ -34,6 +36,8 @@ class CompileOptions:
 
     level: int = 1
     stats: tuple[str, ...] = ()
+    adapter: str | None = None
+    rank: int = 16
     levels: str = "nf4"
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -44,6 +48,11 @@ class CompileOptions:
     force: bool = False
     verify: bool = False
     resume: bool = False
+
+    @property
+    def adapter_rank(self) -> int:
+        """Rank of the adapter; 0 without one."""
+        return self.rank if self.adapter else 0
 
     @property
     def levels_name(self) -> str:
@@ -61,7 +70,9 @@ class CompileOptions:
             FormatError: a file of statistics cannot be read.
         """
         with Stats(self.stats) as stats:
-            known = {"stats": stats.metadata()} if self.stats else {}
+            known: dict[str, object] = {"stats": stats.metadata()} if self.stats else {}
+        if self.adapter:
+            known["adapter_rank"] = self.rank
         return json.dumps(
             {
                 **known,

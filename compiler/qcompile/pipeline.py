@@ -29,6 +29,7 @@ from nf4format.header import PREFIX_BYTES
 from nf4format.resumable import ResumableFile
 from nf4format.stats import Stats
 
+from .absorb import write_corrections
 from .calibrated import Encoders
 from .emit import Emitted, Progress, emit_files, emit_tensors
 from .errors import CompileError
@@ -103,6 +104,8 @@ def compile_checkpoint(
                     verify_started = time.perf_counter()
                     errors = verify_output(checkpoint, plan, emitted, file, level=options.level, jobs=jobs)
                     verify_seconds = time.perf_counter() - verify_started
+    if options.adapter:
+        write_corrections(options.adapter, out, encoders.corrections, options.rank)
     seconds = time.perf_counter() - started - verify_seconds
     return _summarize(
         Path(out),

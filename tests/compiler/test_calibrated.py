@@ -13,11 +13,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from nf4format.adapter import read_adapter
 from nf4format.blocks import dequantize, quantize
 from nf4format.codebook import BLOCK, NESTED_BLOCK, NESTED_MAP, NF4_LEVELS
 from nf4format.container import Nf4File
 from nf4format.stats import EntrySpec, StatsWriter
-from qcompile import feedback
+from qcompile import absorb, feedback
 from qcompile.calibrated import decoded
 from qcompile.errors import CompileError
 from qcompile.options import CompileOptions
@@ -111,9 +112,11 @@ def test_the_target_makes_up_for_what_came_before() -> None:
     # Minimise |W x - V y|^2 / tokens + damping |V - W|^2.
     h, c = y.T @ y / len(y), x.T @ y / len(y)
     expected = np.linalg.solve((h + damping * np.eye(32)).T, (w @ c + damping * w).T).T
-    found = feedback.target_weight(w.astype(np.float32), h.astype(np.float32), c.astype(np.float32))
+    half = feedback.target_weight(w.astype(np.float32), h.astype(np.float32), c.astype(np.float32))
+    found = w + (half - w) / feedback.PAYBACK
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
-    assert np.square(x @ w.T - y @ found.T).sum() < np.square((x - y) @ w.T).sum()
+    for target in (half, found):
+        assert np.square(x @ w.T - y @ target.T).sum() < np.square((x - y) @ w.T).sum()
 
 
 def test_features_that_are_never_read_do_no_harm() -> None:
@@ -227,6 +230,64 @@ def test_several_files_of_layers_and_of_data(model: Path, tmp_path: Path) -> Non
         compile_checkpoint(model, tmp_path / "c.nf4", CompileOptions(level=2, stats=(first,)))
     options = CompileOptions(level=2, stats=(first,), exclude=("*down*",))
     compile_checkpoint(model, tmp_path / "c.nf4", options)
+
+
+def test_a_correction_is_the_best_of_its_rank() -> None:
+    """At the output: what is left are the singular values behind the rank, of the error times a root of H."""
+    x, difference = inputs(64), weight(40, 64)
+    moment = moment_of(x)
+    found = absorb.Corrections(moment, 5).of(difference).product()
+    h = feedback.damped(moment)
+    # The singular values of D X are those of D H^(1/2), if H is X XT.
+    root = np.linalg.cholesky(h.astype(np.float64))
+    values = np.linalg.svd(difference @ root, compute_uv=False)
+    left = feedback.output_error(difference - found, h)
+    assert left == pytest.approx(np.square(values[5:]).sum(), rel=1e-3)
+    assert np.linalg.matrix_rank(found, tol=1e-5) == 5
+
+
+def test_an_adapter_takes_up_what_is_left_over(model: Path, tmp_path: Path) -> None:
+    stats = collect(model, tmp_path / "stats.safetensors")
+    plain = compile_checkpoint(model, tmp_path / "plain.nf4", CompileOptions(level=2, stats=(stats,)))
+    options = CompileOptions(level=2, stats=(stats,), adapter=str(tmp_path / "adapter"), rank=8, verify=True)
+    summary = compile_checkpoint(model, tmp_path / "out.nf4", options)
+    assert summary.output_ratio is not None and plain.output_ratio is not None
+    assert summary.output_ratio < 0.8 * plain.output_ratio
+    adapter = read_adapter(tmp_path / "adapter")
+    assert (adapter.config["r"], adapter.config["lora_alpha"]) == (8, 8)
+    assert adapter.config["target_modules"] == sorted(name.removesuffix(".weight") for name in NAMES)
+    with Nf4File.open(tmp_path / "out.nf4") as packed_file:
+        assert adapter.metadata["nf4.base_fingerprint"] == packed_file.fingerprint
+        with safe_open(model / "model.safetensors", "pt") as tensors:
+            for name, (n, k) in zip(NAMES, SHAPES, strict=True):
+                w = tensors.get_tensor(name).float().numpy()
+                parts = {}
+                for kind, shape in (("A", (8, k)), ("B", (n, 8))):
+                    data, dtype, found = adapter.tensors[
+                        f"base_model.model.{name.removesuffix('.weight')}.lora_{kind}.weight"
+                    ]
+                    assert (dtype, found) == ("F32", shape)
+                    parts[kind] = data.view(np.float32).reshape(shape)
+                base = dequantize(packed_file.packed(name), "float32").reshape(w.shape)
+                h = moment_of(inputs(k, 1000))
+                without = feedback.output_error(base - w, h)
+                assert feedback.output_error(base + parts["B"] @ parts["A"] - w, h) < 0.8 * without
+
+
+def test_adapters_that_cannot_be_are_refused(model: Path, tmp_path: Path) -> None:
+    stats = collect(model, tmp_path / "stats.safetensors")
+    diagonal = collect(model, tmp_path / "diagonal.safetensors", full=False)
+    adapter = str(tmp_path / "adapter")
+    for options, message in (
+        (CompileOptions(adapter=adapter), "needs -O2 and whole moments"),
+        (CompileOptions(level=2, stats=(diagonal,), adapter=adapter), "needs -O2 and whole moments"),
+        (CompileOptions(level=2, stats=(stats,), adapter=adapter, rank=65), "at most 64, got 65"),
+        (CompileOptions(level=2, stats=(stats,), adapter=adapter, resume=True), "leave out --resume"),
+        (CompileOptions(level=2, stats=(stats,), adapter=str(tmp_path / "no" / "a")), "does not exist"),
+    ):
+        with pytest.raises(CompileError, match=message):
+            compile_checkpoint(model, tmp_path / "out.nf4", options)
+    assert not (tmp_path / "out.nf4").exists()
 
 
 def test_statistics_that_do_not_serve_are_refused(

@@ -164,6 +164,40 @@ def test_command_and_its_file_in_the_compiler(
     assert summary.output_ratio < 0.8
 
 
+def test_the_compilers_adapter_runs_here_and_in_peft(
+    make_model: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    import nf4
+    from nf4.text.divergence import divergence
+    from nf4format.adapter import read_adapter
+
+    folder, out, adapter = make_model(dtype="float32"), tmp_path / "out.nf4", tmp_path / "adapter"
+    calibrate(folder, tmp_path / "stats", options(text, full=True))
+    stats = (str(tmp_path / "stats"),)
+    compile_checkpoint(folder, out, CompileOptions(level=2, stats=stats, adapter=str(adapter), rank=4))
+    compile_checkpoint(folder, tmp_path / "same.nf4", CompileOptions(exclude=("*",)))
+    windows = torch.randint(0, 300, (20, 24), generator=torch.Generator().manual_seed(0))
+    original = nf4.load(tmp_path / "same.nf4", dtype="float32")
+    adapted = nf4.load(out, dtype="float32", adapter=adapter)
+    without = divergence(original, nf4.load(out, dtype="float32"), windows)
+    assert divergence(original, adapted, windows).kl < without.kl
+
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = peft.PeftModel.from_pretrained(dense, adapter)
+    name = "model.layers.1.mlp.down_proj"
+    tensors = read_adapter(adapter).tensors
+    a, b = (
+        torch.from_numpy(tensors[f"base_model.model.{name}.lora_{kind}.weight"][0].copy()).view(torch.float32)
+        for kind in "AB"
+    )
+    weight = model.base_model.model.get_submodule(name)
+    expected = b.view(-1, 4) @ a.view(4, -1)
+    assert torch.allclose(weight.get_delta_weight("default"), expected, atol=1e-6)
+
+
 def test_eval_against_the_original(make_model: Callable[..., Path], text: Path, tmp_path: Path) -> None:
     folder = make_model(dtype="float32")
     compile_checkpoint(folder, tmp_path / "packed.nf4")
