@@ -179,8 +179,9 @@ def quantize_search(
     codes = _output("codes", codes, np.uint8, math.ceil(n / 2))
     absmax = np.empty(math.ceil(n / BLOCK), np.uint8)
     nested_absmax = np.empty(math.ceil(absmax.size / NESTED_BLOCK), np.float32)
+    thresholds = thresholds_of(levels)  # must outlive the call
     index = _native.quantize_search(
-        levels.ctypes.data, thresholds_of(levels).ctypes.data, values.ctypes.data, _DTYPE_CODES[dtype], n,
+        levels.ctypes.data, thresholds.ctypes.data, values.ctypes.data, _DTYPE_CODES[dtype], n,
         codes.ctypes.data, absmax.ctypes.data, nested_absmax.ctypes.data, threads,
     )  # fmt: skip
     if index >= 0:
@@ -211,8 +212,9 @@ def scale_search(
     check_levels(levels)
     absmax = np.empty(math.ceil(values.size / BLOCK), np.uint8)
     nested_absmax = np.empty(math.ceil(absmax.size / NESTED_BLOCK), np.float32)
+    thresholds = thresholds_of(levels)  # must outlive the call
     _native.scale_search(
-        levels.ctypes.data, thresholds_of(levels).ctypes.data, values.ctypes.data, values.size,
+        levels.ctypes.data, thresholds.ctypes.data, values.ctypes.data, values.size,
         weights.ctypes.data, weights.size, absmax.ctypes.data, nested_absmax.ctypes.data, threads,
     )  # fmt: skip
     return absmax, nested_absmax

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from nf4format import blocks, reference
+from nf4format.levels import LEVELS
 
 N, K = 384, 1024
 VALUES = np.random.default_rng(0).standard_normal((N, K), dtype=np.float32)
@@ -19,10 +20,11 @@ X = reference.from_float32(np.random.default_rng(1).standard_normal((5, K), dtyp
 def everything(threads: int) -> bytes:
     """All results of all kernels as bytes."""
     codes, absmax = blocks.quantize_codes(VALUES.reshape(-1), "float32", threads=threads)
+    searched = blocks.quantize_search(VALUES.reshape(-1), "float32", levels=LEVELS["fp4"], threads=threads)
     weights = blocks.dequantize(PACKED, "bfloat16", threads=threads, start=3)
     fast = blocks.linear(X, "bfloat16", PACKED, "float32", threads=threads)
     plain = blocks.linear(VALUES[:3], "float32", PACKED, threads=threads)
-    return b"".join(array.tobytes() for array in (codes, absmax, weights, fast, plain))
+    return b"".join(array.tobytes() for array in (codes, absmax, *searched, weights, fast, plain))
 
 
 EXPECTED = everything(1)
