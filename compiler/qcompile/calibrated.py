@@ -86,11 +86,14 @@ class Encoders:
         output_errors: name -> error at the output, of tensors that are done and whose moments are known.
     """
 
-    def __init__(self, plan: Plan, options: CompileOptions, stats: Stats) -> None:
-        """Raises:
+    def __init__(self, plan: Plan, options: CompileOptions, stats: Stats, data_free: Encoder) -> None:
+        """`data_free`: what encodes tensors for which the weights alone are needed.
+
+        Raises:
         CompileError: the statistics do not serve, see `check_stats`; or are missing, or of no use.
         """
         self._level, self._stats, self._rank = options.level, stats, options.adapter_rank
+        self._data_free = data_free
         if options.level <= DATA_FREE and options.stats:
             raise CompileError(
                 "--stats", f"-O{options.level} uses no statistics", remedy="give -O2 or -O3 with them"
@@ -138,7 +141,7 @@ class Encoders:
         """The encoder of one tensor; without statistics of it that of the highest level that needs none."""
         known = self._stats.weights.get(decision.name)
         if self._level <= DATA_FREE or known is None:
-            return ENCODERS[min(self._level, DATA_FREE)]
+            return self._data_free
         rank = self._rank if decision.role is Role.LINEAR else 0
         encoder = CalibratedEncoder(decision, known, self._level, rank, self._turn)
         self._made[decision.name] = encoder

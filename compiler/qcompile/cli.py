@@ -17,6 +17,7 @@ from nf4format.levels import LEVELS
 from nf4format.resumable import partial_path
 
 from .calibrated import LEVELS as OPTIMISATION_LEVELS
+from .device import DEVICES
 from .options import CompileOptions
 from .pipeline import compile_checkpoint, plan_checkpoint
 from .report import check_report_path, write_report
@@ -28,6 +29,7 @@ Examples:
   qcompile Llama-3.1-8B llama.nf4                  compile
   qcompile Llama-3.1-8B llama.nf4 --verify         and compare the result with the checkpoint
   qcompile Llama-3.1-8B llama.nf4 --resume         may be stopped and repeated: goes on where it was
+  qcompile Llama-3.1-8B llama.nf4 --device cuda    the same bytes, encoded by a GPU
   qcompile Llama-3.1-8B same.nf4 -O0               the bits that bitsandbytes would make
   qcompile Llama-3.1-8B llama.nf4 --report llama.html         what became of each tensor
   nf4 calibrate Llama-3.1-8B --data texts.txt --full --out stats.safetensors
@@ -90,6 +92,13 @@ Examples:
 @click.option(
     "--quantize-embeddings", is_flag=True, help="Pack embeddings too; with tied weights, also the head."
 )
+@click.option(
+    "--device",
+    type=click.Choice(DEVICES),
+    default=CompileOptions.device,
+    help="Where -O0 and -O1 encode; the bytes are the same. auto: on an NVIDIA GPU if there is one that "
+    "serves.",
+)
 @click.option("-j", "--jobs", type=click.IntRange(min=1), show_default="all cores", help="Threads to use.")
 @click.option(
     "--dry-run", is_flag=True, help="Print what would become of each tensor, and why; write nothing."
@@ -126,6 +135,7 @@ def command(  # noqa: PLR0917 - one parameter for each option; click passes them
     exclude: tuple[str, ...],
     quantize_head: bool,
     quantize_embeddings: bool,
+    device: str,
     jobs: int | None,
     dry_run: bool,
     force: bool,
@@ -154,6 +164,7 @@ def command(  # noqa: PLR0917 - one parameter for each option; click passes them
         exclude=exclude,
         quantize_head=quantize_head,
         quantize_embeddings=quantize_embeddings,
+        device=device,
         jobs=jobs or 0,
         force=force,
         verify=verify,
@@ -165,10 +176,9 @@ def command(  # noqa: PLR0917 - one parameter for each option; click passes them
         plan = plan_checkpoint(model_dir, options)
         text, data = plan_text(plan), plan_json(plan)
     else:
-        hidden = quiet or not sys.stderr.isatty()
         before = _inode(out)
         try:
-            summary = _compile(model_dir, out, options, hidden=hidden)
+            summary = _compile(model_dir, out, options, quiet=quiet)
         except KeyboardInterrupt:
             if _inode(out) != before:
                 raise _Interrupted(f"interrupted; {out} was written") from None
@@ -192,15 +202,20 @@ class _Interrupted(Exception):
     """Ctrl-C or SIGTERM, and what is there now."""
 
 
-def _compile(model_dir: str, out: str, options: CompileOptions, *, hidden: bool) -> CompileSummary:
+def _compile(model_dir: str, out: str, options: CompileOptions, *, quiet: bool) -> CompileSummary:
     """Compile under a progress bar."""
+    hidden = quiet or not sys.stderr.isatty()
     with tqdm(disable=hidden, unit="B", unit_scale=True, desc="compile", leave=False, file=sys.stderr) as bar:
 
         def show(num_bytes: int, total_bytes: int) -> None:
             bar.total = total_bytes
             bar.update(num_bytes)
 
-        return compile_checkpoint(model_dir, out, options, None if hidden else show)
+        def tell(line: str) -> None:
+            if not quiet:
+                tqdm.write(f"qcompile: {line}", file=sys.stderr)
+
+        return compile_checkpoint(model_dir, out, options, None if hidden else show, tell)
 
 
 def _inode(path: str) -> int | None:

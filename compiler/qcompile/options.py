@@ -28,6 +28,7 @@ class CompileOptions:
         exclude: patterns; a tensor that matches one keeps its dtype, whatever `include` says.
         quantize_head: the output head becomes NF4 too.
         quantize_embeddings: embeddings become NF4 too.
+        device: where to encode: "cpu", "cuda", or "auto", a GPU if there is one that serves.
         jobs: the most threads to use; 0 = one for each core this process may run on.
         force: replace an existing output.
         verify: read the written file back and compare it with the checkpoint.
@@ -44,6 +45,7 @@ class CompileOptions:
     quantize_head: bool = False
     quantize_embeddings: bool = False
 
+    device: str = "cpu"
     jobs: int = 0
     force: bool = False
     verify: bool = False

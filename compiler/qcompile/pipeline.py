@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from nf4format.stats import Stats
 
 from .absorb import write_corrections
 from .calibrated import Encoders
+from .device import open_encoder
 from .emit import Emitted, Progress, emit_files, emit_tensors
 from .errors import CompileError
 from .journal import Journal, plan_key
@@ -49,18 +50,21 @@ def compile_checkpoint(
     out: str | os.PathLike[str],
     options: CompileOptions | None = None,
     progress: Progress | None = None,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> CompileSummary:
     """Compile a checkpoint directory into one .nf4 file.
 
     The bytes of the output depend on the weights, the embedded files, the recorded options and the version
-    of this package; not on the number of jobs, the shards, directories, locale or time. Memory does not grow
-    with the model: a chunk for each job, the scales of the tensors at work, and the embedded files.
+    of this package; not on the device, the number of jobs, the shards, directories, locale or time. Memory
+    does not grow with the model: a chunk for each job (three more on the way through a GPU), the scales of
+    the tensors at work, and the embedded files.
 
     Args:
         model_dir: Hugging Face directory: config.json, *.safetensors, tokenizer files.
         out: file to write; it appears whole, at the end, or not at all.
         options: see `CompileOptions`; default policy by default.
         progress: is told of every chunk that was read.
+        tell: takes a line for the user: that there is no GPU, if one was to be used where there is.
 
     Raises:
         CompileError: the checkpoint cannot be compiled or the output exists.
@@ -74,8 +78,9 @@ def compile_checkpoint(
         checkpoint = stack.enter_context(Checkpoint.open(model_dir))
         stats = stack.enter_context(Stats(options.stats))
         plan = make_plan(checkpoint, options)
-        encoders = Encoders(plan, options, stats)
         _check_output(Path(out), checkpoint, options)
+        data_free = stack.enter_context(open_encoder(options, jobs, tell))
+        encoders = Encoders(plan, options, stats, data_free)
         with ResumableFile(out, overwrite=options.force, resume=options.resume, keep=options.resume) as file:
             journal = Journal(file, plan_key(checkpoint, plan, options), plan)
             file.preallocate(plan.layout.file_bytes)

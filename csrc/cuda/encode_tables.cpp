@@ -1,0 +1,37 @@
+// The tables of the encoder's kernels, from those of the CPU's search.
+#include <cmath>
+#include <cstring>
+
+#include "../cpu/codebook.h"
+#include "encode.cuh"
+
+namespace nf4 {
+
+EncodeTables encode_tables(const SearchTables& tables) {
+  EncodeTables out = {};
+  for (int sign = 0; sign < 2; ++sign) {
+    const FixedLevels& levels = sign ? tables.minus : tables.plus;
+    for (int bin = 0; bin < kBins; ++bin) {
+      const auto middle = static_cast<uint16_t>(levels.bin_middles[bin]);
+      const auto minus_half = static_cast<uint16_t>(-levels.bin_halves[bin]);
+      out.bins[sign][bin] = static_cast<uint32_t>(middle) << 16 | minus_half;
+    }
+    for (int pair = 0; pair < kPairs; ++pair) {
+      out.pairs[sign][0][pair] = levels.borders[pair];
+      out.pairs[sign][1][pair] = levels.middles[pair];
+      out.pairs[sign][2][pair] = -levels.halves[pair];
+    }
+  }
+  memcpy(out.thresholds, tables.thresholds, sizeof out.thresholds);
+  for (int i = 0; i < 255; ++i) out.midpoints[i] = (kNestedMap[i] + kNestedMap[i + 1]) / 2;
+  out.midpoints[255] = INFINITY;
+  memcpy(out.nested_map, kNestedMap, sizeof out.nested_map);
+  for (int i = 0; i < kMultipliers; ++i) {
+    out.multipliers[i] = multiplier(i);
+    out.squares[i] = tables.squares[i];
+    out.inverses[i] = tables.inverses[i];
+  }
+  return out;
+}
+
+}  // namespace nf4

@@ -1,0 +1,37 @@
+"""The NF4 encoder for NVIDIA GPUs (csrc/cuda/encoder.h). Addresses are plain integers: the caller holds
+arrays to sizes and types. Every method releases the interpreter lock.
+
+Type codes: 0 float32, 1 bfloat16, 2 float16. Raises CudaError where CUDA refuses, ValueError for a number out
+of range, MemoryError where the host has no memory left.
+"""
+
+class CudaError(RuntimeError):
+    """A call of the CUDA runtime failed; the message holds the call and the reason."""
+
+    code: int  # cudaError_t
+
+class ChunkEncoder:
+    """Room for `slots` chunks, in pinned memory and on the device, and what encodes them.
+
+    A slot belongs to one thread at a time.
+    """
+
+    def __init__(
+        self, device: int, levels: int, thresholds: int, searched: bool, chunk_bytes: int, slots: int
+    ) -> None:
+        """levels float32 [16] and thresholds float32 [15], as nf4format.levels checks them. searched: with
+        quantize_search's scales, otherwise with quantize_codes'. chunk_bytes: a multiple of 65536."""
+
+    def start(self, slot: int, values: int, dtype: int, n: int) -> None:
+        """Copy n values into the slot and start their way through the device. What it held is lost."""
+
+    def finish(self, slot: int) -> tuple[int, memoryview, memoryview, memoryview]:
+        """Wait for the chunk.
+
+        Returns -1, or the index of the first non-finite value, and then the rest is of no use; and bytes that
+        are valid until the slot's next start: codes; scales (searched: uint8 [ceil(n / 64)], otherwise
+        float32); nested_absmax float32 [ceil(n / 16384)] if searched.
+        """
+
+def devices() -> list[int]:
+    """Compute capability of each GPU, 10 * major + minor."""
