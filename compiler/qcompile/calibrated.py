@@ -147,6 +147,11 @@ class Encoders:
         self._made[decision.name] = encoder
         return encoder
 
+    def output_error(self, name: str) -> OutputError | None:
+        """Of one tensor, as `output_errors`."""
+        made = self._made.get(name)
+        return None if made is None else made.output_error
+
     @property
     def output_errors(self) -> dict[str, OutputError]:
         return {name: made.output_error for name, made in self._made.items() if made.output_error}

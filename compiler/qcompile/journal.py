@@ -35,6 +35,7 @@ from .errors import CompileError
 from .options import CompileOptions
 from .plan import Plan
 from .quality import TensorError
+from .summary import OutputError
 
 FORMAT = 1
 # What a kill may cost: work on the tensors since the last line.
@@ -51,6 +52,9 @@ class Journal:
 
     Nothing is written for an output that is done before anything is due. If the block ends by an exception
     and the file is to be kept, what is done is noted first.
+
+    Attributes:
+        output_errors: of the tensors that `finished` gave, where they are known.
     """
 
     def __init__(self, file: ResumableFile, key: str, plan: Plan) -> None:
@@ -69,6 +73,7 @@ class Journal:
         self._done = threading.Event()
         self._failure: OSError | None = None
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
+        self.output_errors: dict[str, OutputError] = {}
         self._left: list[dict[str, Any]] = []
         self._whole_bytes = 0
         if file.is_resumed:
@@ -90,10 +95,12 @@ class Journal:
                 ranges = self._ranges[name]
                 if record["ranges"] == self._with_sums(ranges, threads):
                     found[name] = _emitted(record)
+                    if record["output"] is not None:
+                        self.output_errors[name] = OutputError(**record["output"])
         return found
 
-    def add(self, name: str, emitted: Emitted) -> None:
-        """Note a tensor that is written. Called by any thread.
+    def add(self, name: str, emitted: Emitted, output: OutputError | None) -> None:
+        """Note a tensor that is written, and its error at the output. Called by any thread.
 
         Raises:
             WriteError: the disk failed meanwhile.
@@ -108,6 +115,7 @@ class Journal:
                 "seconds": emitted.seconds,
                 "error": None if emitted.error is None else dataclasses.asdict(emitted.error),
                 "negative_scales": emitted.negative_scales,
+                "output": None if output is None else dataclasses.asdict(output),
             }
             line = _line(record)
         except ValueError:  # such as an error that is infinite, of enormous weights

@@ -96,7 +96,7 @@ def compile_checkpoint(
                         levels=options.level_table(),
                         jobs=jobs,
                         done=done,
-                        note=journal.add,
+                        note=lambda name, tensor: journal.add(name, tensor, encoders.output_error(name)),
                         progress=progress,
                     )
                     checkpoint.check_unchanged()
@@ -117,7 +117,7 @@ def compile_checkpoint(
         plan,
         options,
         emitted,
-        encoders.output_errors,
+        encoders.output_errors | journal.output_errors,
         resumed=done.keys(),
         errors=errors,
         source_sha256=sha256,

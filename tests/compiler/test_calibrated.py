@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from nf4format.blocks import dequantize, quantize
 from nf4format.codebook import BLOCK, NESTED_BLOCK, NESTED_MAP, NF4_LEVELS
 from nf4format.container import Nf4File
 from nf4format.stats import EntrySpec, StatsWriter
-from qcompile import absorb, feedback
+from qcompile import absorb, emit, feedback
 from qcompile.calibrated import decoded
 from qcompile.errors import CompileError
 from qcompile.options import CompileOptions
@@ -192,6 +194,35 @@ def test_compilation_at_level_2(model: Path, tmp_path: Path) -> None:
             assert theirs.view(torch.uint16).numpy().tobytes() == dequantize(packed).tobytes()
             assert tensor.output is not None
             assert tensor.output.after < 0.7 * tensor.output.before
+
+
+@pytest.mark.parametrize("level", [2, 3])
+def test_stopped_and_resumed(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, level: int
+) -> None:
+    stats = collect(model, tmp_path / "stats.safetensors", cross=level == 3)
+    out, options = tmp_path / "out.nf4", CompileOptions(level=level, stats=(stats,), resume=True, jobs=1)
+    straight = compile_checkpoint(model, out, options)
+    expected = out.read_bytes()
+    out.unlink()
+    real, left = emit._Emitter.emit, iter([None] * 2)
+
+    def emit_two(self: Any, decision: Any) -> Any:
+        next(left)
+        return real(self, decision)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(emit._Emitter, "emit", emit_two)
+        with pytest.raises(StopIteration):
+            compile_checkpoint(model, out, options)
+    other = collect(model, tmp_path / "other.safetensors", cross=level == 3)  # the same, collected again
+    with pytest.raises(CompileError, match="made from other weights"):
+        compile_checkpoint(model, out, replace(options, stats=(other,)))
+    summary = compile_checkpoint(model, out, options)
+    assert summary.resumed_bytes > 0
+    assert out.read_bytes() == expected
+    assert [tensor.output for tensor in summary.tensors] == [tensor.output for tensor in straight.tensors]
+    assert summary.output_ratio == straight.output_ratio
 
 
 def test_compilation_at_level_3_and_with_other_levels(model: Path, tmp_path: Path) -> None:
