@@ -11,6 +11,7 @@ import numpy as np
 from nf4format.blocks import ARRAY_DTYPES, Dtype
 from nf4format.checkpoint import Checkpoint
 from nf4format.dtypes import DTYPE_OF_SAFETENSORS
+from nf4format.encode import Room
 
 # Bytes read, hashed and encoded at a time: few enough to stay in the processor's cache between these steps,
 # enough for the interpreter's share to be small.
@@ -57,12 +58,13 @@ class TensorReader:
         self._hash = hashlib.sha256()
         self._hashed_bytes = 0
 
-    def byte_chunks(self) -> Iterator[tuple[int, memoryview]]:
-        """(offset in the tensor, bytes); the buffer is overwritten by the next step."""
+    def byte_chunks(self, room: Room | None = None) -> Iterator[tuple[int, memoryview]]:
+        """(offset in the tensor, bytes): in `room`, or in the buffer, overwritten by the next step."""
         for offset in range(0, self.num_bytes, CHUNK_BYTES):
             if self._cancelled.is_set():
                 raise Cancelled
-            chunk = memoryview(self._buffer)[: min(CHUNK_BYTES, self.num_bytes - offset)]
+            place = room() if room else memoryview(self._buffer)
+            chunk = place[: min(CHUNK_BYTES, self.num_bytes - offset)]
             self._checkpoint.read_into(self._name, chunk, offset)
             if offset == self._hashed_bytes:  # an encoder may read a tensor more than once
                 self._hash.update(chunk)
@@ -70,9 +72,9 @@ class TensorReader:
                 self._on_read(len(chunk))
             yield offset, chunk
 
-    def chunks(self) -> Iterator[tuple[int, np.ndarray]]:
-        """(index of the first value, values); the array is overwritten by the next step."""
-        for offset, chunk in self.byte_chunks():
+    def chunks(self, room: Room | None = None) -> Iterator[tuple[int, np.ndarray]]:
+        """(index of the first value, values), as `encode.TensorSource` has it."""
+        for offset, chunk in self.byte_chunks(room):
             yield offset // self._array_dtype.itemsize, np.frombuffer(chunk, self._array_dtype)
 
     def read_values(self, start: int, stop: int) -> np.ndarray:

@@ -45,6 +45,11 @@ void start(nf4::ChunkEncoder& encoder, int slot, uintptr_t values, int dtype, in
   encoder.start(slot, reinterpret_cast<const void*>(values), type, n);
 }
 
+py::memoryview memory(nf4::ChunkEncoder& encoder, int slot) {
+  check_slot(encoder, slot);
+  return py::memoryview::from_memory(static_cast<void*>(encoder.memory(slot)), encoder.chunk_bytes());
+}
+
 py::tuple finish(nf4::ChunkEncoder& encoder, int slot) {
   check_slot(encoder, slot);
   const auto encoded = [&] {
@@ -106,6 +111,7 @@ PYBIND11_MODULE(_cuda_encode, m) {
       .def(py::init(&make_encoder), "device"_a, "levels"_a, "thresholds"_a, "searched"_a, "chunk_bytes"_a,
            "slots"_a)
       .def("start", &start, "slot"_a, "values"_a, "dtype"_a, "n"_a)
+      .def("memory", &memory, "slot"_a)
       .def("finish", &finish, "slot"_a);
   m.def("devices", &devices);
 }

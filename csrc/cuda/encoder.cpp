@@ -1,6 +1,6 @@
 // How a chunk goes:
 //
-//     its thread    copies it into the slot's pinned memory, fills up the last block with zeros
+//     its thread    reads or copies it into the slot's pinned memory, fills up the last block with zeros
 //     stream in     copy to the device
 //     the slot's    kernel
 //     stream out    one copy of codes and scales into the slot's pinned memory
@@ -93,7 +93,7 @@ void ChunkEncoder::start(int index, const void* values, Dtype dtype, int64_t n) 
   const EncodedLayout layout(n, searched_);
   const auto bytes = static_cast<size_t>(n * dtype_bytes(dtype));
   const auto padded = static_cast<size_t>(layout.num_blocks * kBlock * dtype_bytes(dtype));
-  memcpy(slot.host_values, values, bytes);
+  if (values != slot.host_values) memcpy(slot.host_values, values, bytes);
   memset(slot.host_values + bytes, 0, padded - bytes);
   slot.dtype = dtype;
   slot.n = n;

@@ -31,8 +31,10 @@ class ChunkEncoder {
   int num_slots() const { return static_cast<int>(slots_.size()); }
   int64_t chunk_bytes() const { return chunk_bytes_; }
 
-  // Copies n values, at most a chunk, and starts their way through the device.
+  // Copies n values, at most a chunk, into the slot's memory, if they are not there, and starts their way.
   void start(int slot, const void* values, Dtype dtype, int64_t n);
+  // Pinned, room for a chunk; not to be touched between start and finish.
+  uint8_t* memory(int slot) const { return slots_[slot].host_values; }
   // Waits for the slot's results, in host memory and valid until its next start.
   struct Encoded {
     EncodedLayout layout;

@@ -23,7 +23,11 @@ class ChunkEncoder:
         quantize_search's scales, otherwise with quantize_codes'. chunk_bytes: a multiple of 65536."""
 
     def start(self, slot: int, values: int, dtype: int, n: int) -> None:
-        """Copy n values into the slot and start their way through the device. What it held is lost."""
+        """Copy n values into the slot, unless they are in its memory already, and start their way through the
+        device. What it held is lost."""
+
+    def memory(self, slot: int) -> memoryview:
+        """Pinned memory of the slot, room for a chunk; not to be touched between start and finish."""
 
     def finish(self, slot: int) -> tuple[int, memoryview, memoryview, memoryview]:
         """Wait for the chunk.

@@ -19,7 +19,7 @@ from .checkpoint import Checkpoint, source_hash
 from .codebook import BLOCK
 from .container import Nf4File
 from .dtypes import DTYPE_OF_SAFETENSORS, SAFETENSORS_NAME
-from .encode import ENCODERS, Encoder
+from .encode import ENCODERS, Encoder, Room
 from .errors import FormatError
 from .sums import Progress
 
@@ -110,8 +110,8 @@ class _Reader:
                     self._progress(count)
             yield offset, chunk
 
-    def chunks(self) -> Iterator[tuple[int, np.ndarray]]:
-        """As `encode.TensorSource` has it."""
+    def chunks(self, room: Room | None = None) -> Iterator[tuple[int, np.ndarray]]:
+        """As `encode.TensorSource` has it; `room` stays unused."""
         array_dtype = ARRAY_DTYPES[self.dtype]
         for offset, chunk in self.bytes():
             yield offset // array_dtype.itemsize, np.frombuffer(chunk, array_dtype)

@@ -41,16 +41,22 @@ class Constants:
         return negative / max(1, self.absmax.size)
 
 
+Room = Callable[[], memoryview]
+"""Gives writable bytes, enough for a chunk of a source."""
+
+
 class TensorSource(Protocol):
     """The tensor to encode, in the array type of `dtype` (bfloat16: uint16 bit patterns)."""
 
     num_values: int
     dtype: Dtype
 
-    def chunks(self) -> Iterator[tuple[int, np.ndarray]]:
+    def chunks(self, room: Room | None = None) -> Iterator[tuple[int, np.ndarray]]:
         """(index of the first value, values [<= chunk]): consecutive, multiples of 64 * 256 but the last.
 
-        The array is overwritten by the next step.
+        Args:
+            room: where the next chunk may be put, so that an encoder need not copy it. By default the array
+                is overwritten by the next step.
         """
         ...
 

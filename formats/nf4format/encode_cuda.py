@@ -1,7 +1,8 @@
 """Levels 0 and 1 on an NVIDIA GPU: the bytes of the CPU's encoders, sooner.
 
 Chunks go through a few slots of pinned memory. While the GPU works on one, its thread reads the next, and
-other threads theirs; what is in memory does not grow with tensors.
+other threads theirs: right into pinned memory, if the source can. What is in memory does not grow with
+tensors.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ class CudaEncoder:
             self._chunks, lane, write_codes, source.num_values, scales if not self._searched else None
         )
         try:
-            for start, values in source.chunks():
+            for start, values in source.chunks(tensor.room):
                 tensor.add(start, values, source.dtype)
             return tensor.finish()
         except self._module.CudaError as error:
@@ -134,11 +135,17 @@ class _Tensor:
         self._absmax = np.empty(num_blocks if scales is None else 0, np.uint8)
         self._nested = np.empty(-(-self._absmax.size // NESTED_BLOCK), np.float32)
 
+    def room(self) -> memoryview:
+        """Pinned memory of the slot that the next chunk goes into."""
+        if not self._free:
+            self._take()
+        return self._chunks.memory(self._free[0])
+
     def add(self, start: int, values: np.ndarray, dtype: Dtype) -> None:
         """Send a chunk on its way; if there is no slot for it, take the oldest one's results first."""
         if not self._free:
             self._take()
-        slot = self._free.popleft()
+        slot = self._free.popleft()  # the one whose memory `room` gave
         self._chunks.start(slot, values.ctypes.data, _DTYPE_CODES[dtype], values.size)
         self._started.append((slot, start))
 

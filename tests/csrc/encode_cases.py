@@ -9,7 +9,7 @@ import numpy as np
 
 from nf4format import reference
 from nf4format.blocks import Dtype
-from nf4format.encode import Constants, Encoder
+from nf4format.encode import Constants, Encoder, Room
 from nf4format.levels import LEVELS
 
 DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16", "float16")
@@ -24,18 +24,22 @@ GROUP = 64 * 256
 
 
 class Source:
-    """A tensor in memory; its chunks share one buffer, which ends as zeros."""
+    """A tensor in memory; its chunks share one buffer, which ends as zeros. `uses_room`: or go into room."""
 
-    def __init__(self, values: np.ndarray, dtype: Dtype, chunk_bytes: int) -> None:
+    def __init__(
+        self, values: np.ndarray, dtype: Dtype, chunk_bytes: int, *, uses_room: bool = False
+    ) -> None:
+        self.uses_room = uses_room
         self.values, self.dtype, self.num_values = values, dtype, values.size
         self._chunk = chunk_bytes // values.itemsize
 
-    def chunks(self) -> Iterator[tuple[int, np.ndarray]]:
+    def chunks(self, room: Room | None = None) -> Iterator[tuple[int, np.ndarray]]:
         buffer = np.empty(self._chunk, self.values.dtype)
         for start in range(0, self.num_values, self._chunk):
             part = self.values[start : start + self._chunk]
-            buffer[: part.size] = part
-            yield start, buffer[: part.size]
+            place = np.frombuffer(room(), self.values.dtype) if room and self.uses_room else buffer
+            place[: part.size] = part
+            yield start, place[: part.size]
         buffer[:] = 0
 
 

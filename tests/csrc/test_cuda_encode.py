@@ -39,7 +39,8 @@ def test_many_tensors_of_many_chunks_at_once(level: int, dtype: Dtype) -> None:
     tensors = []
     for size in (5_000_001, 64, 1_000_000, 3_333_333, 17, 2_097_152, 700_000, 4_194_304):
         values = rng.standard_normal(size, dtype=np.float32) * np.float32(0.02)
-        tensors.append(Source(reference.from_float32(values, dtype), dtype, CHUNK_BYTES))
+        packed = reference.from_float32(values, dtype)
+        tensors.append(Source(packed, dtype, CHUNK_BYTES, uses_room=len(tensors) % 2 == 0))
     with (
         CudaEncoder(level, NF4_LEVELS, chunk_bytes=CHUNK_BYTES, tensors=4) as encoder,
         ThreadPoolExecutor(6) as pool,

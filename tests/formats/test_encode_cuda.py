@@ -41,6 +41,11 @@ class FakeChunks:
         self.held: dict[int, list[bytearray]] = {}
         self.working: dict[int, tuple[np.ndarray, Dtype]] = {}
         self.lock = threading.Lock()
+        self.memories = [bytearray(chunk_bytes) for _ in range(slots)]
+
+    def memory(self, slot: int) -> memoryview:
+        assert slot not in self.working
+        return memoryview(self.memories[slot])
 
     def start(self, slot: int, values: int, dtype: int, n: int) -> None:
         assert 0 <= slot < self.slots
@@ -90,7 +95,8 @@ def random_values(size: int, dtype: Dtype, seed: int = 0) -> np.ndarray:
 def test_tensors_of_any_size(fake: type[FakeChunks], level: int, dtype: Dtype, size: int) -> None:
     values = random_values(size, dtype)
     with CudaEncoder(level, NF4_LEVELS, chunk_bytes=CHUNK_BYTES, tensors=1) as encoder:
-        got = [encoded(encoder, Source(values, dtype, CHUNK_BYTES), NF4_LEVELS) for _ in range(2)]
+        sources = [Source(values, dtype, CHUNK_BYTES, uses_room=uses_room) for uses_room in (False, True)]
+        got = [encoded(encoder, source, NF4_LEVELS) for source in sources]
     want = encoded(ENCODERS[level], Source(values, dtype, CHUNK_BYTES), NF4_LEVELS)
     assert same(got[0], want)
     assert same(got[1], want)
