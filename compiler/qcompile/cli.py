@@ -63,6 +63,13 @@ Examples:
     help="Statistics of this model by nf4 calibrate; repeatable: other layers, or more data.",
 )
 @click.option(
+    "--held-out",
+    multiple=True,
+    type=click.Path(path_type=str),
+    metavar="FILE",
+    help="Statistics of other text: report errors at the layers' outputs by them. Of use at every level.",
+)
+@click.option(
     "--adapter",
     metavar="DIR",
     help="At -O2: write a PEFT adapter, of OUT.nf4 alone, that takes up most of what rounding leaves over.",
@@ -128,6 +135,7 @@ def command(  # noqa: PLR0917 - one parameter for each option; click passes them
     out: str,
     level: str,
     stats: tuple[str, ...],
+    held_out: tuple[str, ...],
     adapter: str | None,
     rank: int,
     levels: str,
@@ -157,6 +165,7 @@ def command(  # noqa: PLR0917 - one parameter for each option; click passes them
     options = CompileOptions(
         level=int(level),
         stats=stats,
+        held_out=held_out,
         adapter=adapter,
         rank=rank,
         levels=levels,

@@ -16,6 +16,7 @@ Matrices are [k, n], features first: what is worked on together lies together.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +34,9 @@ PASSES = 3
 PAYBACK = 0.5
 """How far level 3 goes from the original weight to the one that makes up for earlier layers. Their errors
 were measured in another file than the one that is being written, whose errors are alike in part only."""
+
+PANEL_VALUES = 1 << 24
+"""Values of a weight that are worked on at a time: each takes some 30 bytes meanwhile."""
 
 _PANEL = 128  # columns whose errors are carried to the rest at once
 _NESTED_THRESHOLDS = (NESTED_MAP[:-1] + NESTED_MAP[1:]) / np.float32(2)
@@ -69,17 +73,48 @@ def target_weight(weight: np.ndarray, moment: np.ndarray, cross: np.ndarray) -> 
     return weight + np.float32(PAYBACK) * (weight @ correction)
 
 
-def round_weight(weight: np.ndarray, moment: np.ndarray, levels: np.ndarray, *, threads: int) -> Rounded:
-    """All three steps for a weight float32 [n, k] and its undamped H float32 [k, k]."""
+def round_weight(
+    weight: np.ndarray,
+    moment: np.ndarray,
+    levels: np.ndarray,
+    *,
+    threads: int,
+    panel_values: int = PANEL_VALUES,
+) -> Rounded:
+    """All three steps for a weight float32 [n, k] and its undamped H float32 [k, k].
+
+    Args:
+        threads: for the search; matrix products take those of numpy.
+        panel_values: about how many values are worked on at a time, rows being independent; the result does
+            not depend on it but for roundings of matrix products.
+    """
+    n, k = weight.shape
     h = damped(moment)
     absmax, nested_absmax = scale_search(
         weight.reshape(-1), np.ascontiguousarray(np.diagonal(h)), levels=levels, threads=threads
     )
-    rounding = _Rounding(weight, absmax, nested_absmax, levels)
-    rounding.carry_errors(h)
-    for _ in range(PASSES):
-        rounding.descend(h)
-    return Rounded(rounding.codes, rounding.entries, nested_absmax)
+    nested = np.repeat(nested_absmax, NESTED_BLOCK)[: absmax.size]
+    order = np.argsort(-np.diagonal(h), kind="stable")
+    factor = inverse_factor(h, order)
+    codes = np.empty((k, n), np.uint8)
+    step = BLOCK // math.gcd(k, BLOCK)  # rows that end with a block
+    step *= max(1, panel_values // (k * step))
+    for begin in range(0, n, step):
+        rows = slice(begin, min(begin + step, n))
+        blocks = slice(begin * k // BLOCK, -(-rows.stop * k // BLOCK))
+        rounding = Rounding(weight[rows], absmax[blocks], nested[blocks], levels)
+        rounding.carry_errors(order, factor)
+        for _ in range(PASSES):
+            rounding.descend(h)
+        codes[:, rows] = rounding.codes
+        absmax[blocks] = rounding.entries
+    return Rounded(codes, absmax, nested_absmax)
+
+
+def inverse_factor(h: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """The upper Cholesky factor of the inverse of H with its features in this order, float32 [k, k]."""
+    inverse = np.linalg.inv(h[np.ix_(order, order)].astype(np.float64))
+    return np.linalg.cholesky((inverse + inverse.T) / 2).T.astype(np.float32)
 
 
 def output_error(difference: np.ndarray, moment: np.ndarray) -> float:
@@ -87,24 +122,32 @@ def output_error(difference: np.ndarray, moment: np.ndarray) -> float:
     return float(np.einsum("nk,nk->", difference @ moment, difference, dtype=np.float64))
 
 
-class _Rounding:
-    """A weight on the way to its codes."""
+class Rounding:
+    """Rows of a weight on the way to their codes.
+
+    Attributes:
+        codes: uint8 [k, n], once errors were carried.
+        entries: uint8 [blocks], of the map of scales.
+    """
 
     def __init__(
-        self, weight: np.ndarray, entries: np.ndarray, nested_absmax: np.ndarray, levels: np.ndarray
+        self, weight: np.ndarray, entries: np.ndarray, nested: np.ndarray, levels: np.ndarray
     ) -> None:
+        """Args:
+        weight: float32 [n, k], from the beginning of a block.
+        entries, nested: of each block: where its scale starts from, and the nested_absmax of its group.
+        """
         self._n, self._k = weight.shape
         self._weight = np.ascontiguousarray(weight.T)  # [k, n]
-        self._nested_absmax = nested_absmax
+        self._nested = nested
         self._levels, self._thresholds = levels, thresholds_of(levels)
-        self.entries = entries
+        self.entries = entries.copy()
         self.codes = np.empty((self._k, self._n), np.uint8)
         self._spread_scales()
 
     def _spread_scales(self) -> None:
         """Scales of all weights, [k, n]: blocks run along rows of [n, k], and across their ends."""
-        nested = np.repeat(self._nested_absmax, NESTED_BLOCK)[: self.entries.size]
-        scales = NESTED_MAP[self.entries] * nested
+        scales = NESTED_MAP[self.entries] * self._nested
         flat = np.repeat(scales, BLOCK)[: self._n * self._k]
         self._scales = np.ascontiguousarray(flat.reshape(self._n, self._k).T)
 
@@ -115,11 +158,8 @@ class _Rounding:
         codes = np.searchsorted(self._thresholds, scaled).astype(np.uint8)
         return codes, self._levels[codes] * scales
 
-    def carry_errors(self, h: np.ndarray) -> None:
-        """Step 2."""
-        order = np.argsort(-np.diagonal(h), kind="stable")
-        inverse = np.linalg.inv(h[np.ix_(order, order)].astype(np.float64))
-        upper = np.linalg.cholesky((inverse + inverse.T) / 2).T.astype(np.float32)
+    def carry_errors(self, order: np.ndarray, upper: np.ndarray) -> None:
+        """Step 2, with the columns in this order and the factor that goes with it."""
         rest = self._weight[order]
         scales = self._scales[order]
         for begin in range(0, self._k, _PANEL):
@@ -161,7 +201,7 @@ class _Rounding:
         curvature = np.einsum("in,in->n", unit, local @ unit)
         pull = np.einsum("in,in->n", unit, slope)
         index = np.arange(self._n) * (self._k // BLOCK) + block
-        nested = self._nested_absmax[index // NESTED_BLOCK]
+        nested = self._nested[index]
         scale = NESTED_MAP[self.entries[index]] * nested
         with np.errstate(divide="ignore", invalid="ignore"):
             wanted = np.where(curvature > 0, scale + pull / curvature, scale)

@@ -29,6 +29,7 @@ class CompileOptions:
         quantize_head: the output head becomes NF4 too.
         quantize_embeddings: embeddings become NF4 too.
         device: where to encode: "cpu", "cuda", or "auto", a GPU if there is one that serves.
+        held_out: files of statistics of other text, by which errors at outputs are reported.
         jobs: the most threads to use; 0 = one for each core this process may run on.
         force: replace an existing output.
         verify: read the written file back and compare it with the checkpoint.
@@ -46,6 +47,7 @@ class CompileOptions:
     quantize_embeddings: bool = False
 
     device: str = "cpu"
+    held_out: tuple[str, ...] = ()
     jobs: int = 0
     force: bool = False
     verify: bool = False

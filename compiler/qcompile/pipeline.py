@@ -23,7 +23,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from nf4format.checkpoint import Checkpoint, source_hash
-from nf4format.container import seal
+from nf4format.container import Nf4File, seal
 from nf4format.errors import FormatError
 from nf4format.header import PREFIX_BYTES
 from nf4format.resumable import ResumableFile
@@ -34,6 +34,7 @@ from .calibrated import Encoders
 from .device import open_encoder
 from .emit import Emitted, Progress, emit_files, emit_tensors
 from .errors import CompileError
+from .held_out import held_out_errors
 from .journal import Journal, plan_key
 from .options import CompileOptions
 from .plan import SOURCE_HASH_KEY, Plan, make_plan
@@ -43,6 +44,9 @@ from .roles import group_of
 from .summary import CompileSummary, OutputError, TensorSummary, stored_bytes
 from .verify import verify_output
 from .writeback import Writeback
+
+OutputErrors = tuple[dict[str, OutputError], dict[str, OutputError]]
+"""By the encoder's own statistics, and by held-out ones."""
 
 
 def compile_checkpoint(
@@ -77,6 +81,7 @@ def compile_checkpoint(
     with ExitStack() as stack:
         checkpoint = stack.enter_context(Checkpoint.open(model_dir))
         stats = stack.enter_context(Stats(options.stats))
+        others = stack.enter_context(Stats(options.held_out))
         plan = make_plan(checkpoint, options)
         _check_output(Path(out), checkpoint, options)
         data_free = stack.enter_context(open_encoder(options, jobs, tell))
@@ -103,6 +108,10 @@ def compile_checkpoint(
                     emit_files(checkpoint, plan, file)
                     sha256 = _source_sha256(checkpoint, plan, emitted)
                     seal(file, plan.layout, {SOURCE_HASH_KEY: sha256}, threads=jobs)
+                held_out = {}
+                if options.held_out:
+                    with Nf4File.from_descriptor(file.fd, file.path) as packed_file:
+                        held_out = held_out_errors(checkpoint, plan, packed_file, others)
                 errors = {name: tensor.error for name, tensor in emitted.items() if tensor.error}
                 verify_seconds = 0.0
                 if options.verify:
@@ -117,7 +126,7 @@ def compile_checkpoint(
         plan,
         options,
         emitted,
-        encoders.output_errors | journal.output_errors,
+        (encoders.output_errors | journal.output_errors, held_out),
         resumed=done.keys(),
         errors=errors,
         source_sha256=sha256,
@@ -187,7 +196,7 @@ def _summarize(
     plan: Plan,
     options: CompileOptions,
     emitted: dict[str, Emitted],
-    output_errors: dict[str, OutputError],
+    output_errors: OutputErrors,
     *,
     resumed: Collection[str],
     errors: dict[str, TensorError],
@@ -227,7 +236,7 @@ def _tensor_summary(
     decision: Decision,
     emitted: Emitted,
     errors: dict[str, TensorError],
-    output_errors: dict[str, OutputError],
+    output_errors: OutputErrors,
 ) -> TensorSummary:
     error = errors[decision.name]
     weight = error.squared_weight or 1.0
@@ -242,5 +251,6 @@ def _tensor_summary(
         after=error.squared_error / weight,
         negative_scales=emitted.negative_scales,
         seconds=emitted.seconds,
-        output=output_errors.get(decision.name),
+        output=output_errors[0].get(decision.name),
+        held_out=output_errors[1].get(decision.name),
     )

@@ -96,7 +96,18 @@ def report_html(data: dict[str, Any]) -> str:
         ),
     )
     tensors = _table(
-        ["Tensor", "shape", "before", "after", "over -O0's", "", "output, over -O0's", "negative", "seconds"],
+        [
+            "Tensor",
+            "shape",
+            "before",
+            "after",
+            "over -O0's",
+            "",
+            "output, over -O0's",
+            "held out",
+            "negative",
+            "seconds",
+        ],
         (
             [
                 tensor["name"],
@@ -106,6 +117,7 @@ def report_html(data: dict[str, Any]) -> str:
                 f"{tensor['ratio']:.4f}",
                 _Bar(tensor["ratio"]),
                 _output_ratio(tensor["output"]),
+                _output_ratio(tensor["held_out"]),
                 f"{tensor['negative_scales']:.1%}",
                 f"{tensor['seconds']:.2f}",
             ]

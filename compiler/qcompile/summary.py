@@ -37,6 +37,7 @@ class TensorSummary:
         negative_scales: share of its blocks whose scale is below zero.
         seconds: from the first byte read to the last written.
         output: error at the layer's output, where the encoder knew what the layer reads.
+        held_out: the same by statistics that it did not have.
     """
 
     name: str
@@ -50,6 +51,7 @@ class TensorSummary:
     negative_scales: float
     seconds: float
     output: OutputError | None = None
+    held_out: OutputError | None = None
 
     @property
     def ratio(self) -> float:
@@ -105,8 +107,12 @@ class CompileSummary:
     @property
     def output_ratio(self) -> float | None:
         """Error at the outputs over -O0's, mean over the layers where it is known; None without any."""
-        known = [t.output.after / t.output.before for t in self.tensors if t.output and t.output.before]
-        return sum(known) / len(known) if known else None
+        return _mean_ratio(tensor.output for tensor in self.tensors)
+
+    @property
+    def held_out_ratio(self) -> float | None:
+        """The same by held-out statistics."""
+        return _mean_ratio(tensor.held_out for tensor in self.tensors)
 
     @property
     def bits_per_parameter(self) -> float:
@@ -124,6 +130,7 @@ class CompileSummary:
             "bits_per_parameter": self.bits_per_parameter,
             "gb_per_second": self.gb_per_second,
             "output_ratio": self.output_ratio,
+            "held_out_ratio": self.held_out_ratio,
         }
         values = {**asdict(replace(self, tensors=())), **derived}
         del values["tensors"]
@@ -162,15 +169,21 @@ class CompileSummary:
                     f"           squared error {self.plain_ratio:.3f} of -O0's "
                     f"({self.plain_ratio - 1:+.1%}); {self.negative_scales:.0%} of the scales are negative"
                 )
-        if self.output_ratio is not None:
-            lines.append(
-                f"  outputs  squared error of the layers' outputs {self.output_ratio:.3f} of -O0's, by the "
-                "statistics that were given"
-            )
+        for ratio, by in ((self.output_ratio, "given"), (self.held_out_ratio, "held out")):
+            if ratio is not None:
+                lines.append(
+                    f"  outputs  squared error of the layers' outputs {ratio:.3f} of -O0's, "
+                    f"by the statistics {by}"
+                )
         if self.resumed_bytes:
             lines.append(f"  resumed  {_bytes(self.resumed_bytes)} of the source were done already")
         lines.append(f"  time     {self.seconds:.2f} s, {self.gb_per_second:.2f} GB/s")
         return "\n".join(lines)
+
+
+def _mean_ratio(errors: Iterable[OutputError | None]) -> float | None:
+    known = [error.after / error.before for error in errors if error and error.before]
+    return sum(known) / len(known) if known else None
 
 
 def plan_text(plan: Plan) -> str:

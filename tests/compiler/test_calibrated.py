@@ -25,6 +25,7 @@ from qcompile.calibrated import decoded
 from qcompile.errors import CompileError
 from qcompile.options import CompileOptions
 from qcompile.pipeline import compile_checkpoint
+from qcompile.report import write_report
 
 Write = Callable[..., Path]
 NAMES = ("layers.0.q_proj.weight", "layers.0.k_proj.weight", "layers.0.down_proj.weight")
@@ -32,9 +33,10 @@ SHAPES = ((96, 128), (64, 128), (128, 172))
 
 
 def inputs(features: int, tokens: int = 2000, seed: int = 0) -> np.ndarray:
-    """Correlated, of uneven sizes: float64 [tokens, features]."""
-    rng = np.random.default_rng(seed)
+    """Correlated in one way, of uneven sizes: float64 [tokens, features]."""
+    rng = np.random.default_rng(1000)
     mixing = rng.standard_normal((features // 4, features)) * np.exp(rng.standard_normal(features))
+    rng = np.random.default_rng(seed)
     return rng.standard_normal((tokens, features // 4)) @ mixing + 0.3 * rng.standard_normal(
         (tokens, features)
     )
@@ -71,10 +73,9 @@ def test_output_error_is_that_of_the_outputs() -> None:
 def test_errors_are_carried_as_the_definition_says() -> None:
     """The recursion of optimal brain surgery in float64: one column after the other, the inverse updated."""
     w, h = weight(5, 64), feedback.damped(moment_of(inputs(64)))
-    absmax, nested = np.full(5, 255, np.uint8), np.array([0.13], np.float32)
-    rounding = feedback._Rounding(w, absmax, nested, NF4_LEVELS)
-    rounding.carry_errors(h)
+    rounding = feedback.Rounding(w, np.full(5, 255, np.uint8), np.full(5, 0.13, np.float32), NF4_LEVELS)
     order = np.argsort(-np.diagonal(h), kind="stable")
+    rounding.carry_errors(order, feedback.inverse_factor(h, order))
     rest, inverse = w.astype(np.float64), np.linalg.inv(h.astype(np.float64))
     for column in order:
         scaled = rest[:, column] / 0.13
@@ -89,11 +90,13 @@ def test_errors_are_carried_as_the_definition_says() -> None:
 def test_descent_never_raises_the_cost_and_stays_on_the_grid(k: int) -> None:
     w, h = weight(30, k), feedback.damped(moment_of(inputs(k)))
     absmax, nested = feedback.scale_search(w.reshape(-1), np.ascontiguousarray(np.diagonal(h)))
-    rounding = feedback._Rounding(w, absmax, nested, NF4_LEVELS)
-    rounding.carry_errors(h)
+    of_blocks = np.repeat(nested, NESTED_BLOCK)[: absmax.size]
+    rounding = feedback.Rounding(w, absmax, of_blocks, NF4_LEVELS)
+    order = np.argsort(-np.diagonal(h), kind="stable")
+    rounding.carry_errors(order, feedback.inverse_factor(h, order))
 
     def cost() -> float:
-        scales = NESTED_MAP[rounding.entries] * np.repeat(nested, NESTED_BLOCK)[: rounding.entries.size]
+        scales = NESTED_MAP[rounding.entries] * of_blocks
         spread = np.repeat(scales, BLOCK)[: w.size].reshape(w.shape)
         np.testing.assert_array_equal(spread.T, rounding._scales)
         return feedback.output_error(NF4_LEVELS[rounding.codes.T] * spread - w, h)
@@ -104,6 +107,17 @@ def test_descent_never_raises_the_cost_and_stays_on_the_grid(k: int) -> None:
         costs.append(cost())
     assert all(after <= before * (1 + 1e-5) for before, after in pairwise(costs))
     assert costs[-1] < (0.97 if k % BLOCK == 0 else 0.98) * costs[0]  # scales move in whole blocks only
+
+
+@pytest.mark.parametrize("k", [128, 100])
+def test_rows_may_be_worked_on_in_panels(k: int) -> None:
+    w, moment = weight(300, k), moment_of(inputs(k))
+    whole = feedback.round_weight(w, moment, NF4_LEVELS, threads=1)
+    panels = feedback.round_weight(w, moment, NF4_LEVELS, threads=1, panel_values=64 * k)
+    np.testing.assert_array_equal(whole.nested_absmax, panels.nested_absmax)
+    assert (whole.codes != panels.codes).mean() < 0.01  # products of other sizes are rounded otherwise
+    costs = [feedback.output_error(decoded(one, w.shape, NF4_LEVELS) - w, moment) for one in (whole, panels)]
+    assert costs[0] == pytest.approx(costs[1], rel=1e-3)
 
 
 def test_the_target_makes_up_for_what_came_before() -> None:
@@ -223,6 +237,25 @@ def test_stopped_and_resumed(
     assert out.read_bytes() == expected
     assert [tensor.output for tensor in summary.tensors] == [tensor.output for tensor in straight.tensors]
     assert summary.output_ratio == straight.output_ratio
+
+
+def test_errors_by_held_out_statistics(model: Path, tmp_path: Path) -> None:
+    first, other = collect(model, tmp_path / "first"), collect(model, tmp_path / "other", seed=3)
+    report = tmp_path / "report.json"
+    ratios = []
+    for level, stats in ((0, ()), (1, ()), (2, (first,))):
+        options = CompileOptions(level=level, stats=stats, held_out=(other,), force=True)
+        summary = compile_checkpoint(model, tmp_path / "out.nf4", options)
+        ratios.append(summary.held_out_ratio)
+        assert "by the statistics held out" in summary.text()
+        write_report(str(report), summary)
+    assert json.loads(report.read_text())["held_out_ratio"] == ratios[2]
+    assert ratios[0] == pytest.approx(1, abs=0.01)
+    assert ratios[2] < ratios[1] < 0.95  # type: ignore[operator]
+    # By the encoder's own statistics, held out ones say what it says itself.
+    options = CompileOptions(level=2, stats=(first,), held_out=(first,), force=True)
+    same = compile_checkpoint(model, tmp_path / "out.nf4", options)
+    assert same.held_out_ratio == pytest.approx(same.output_ratio, rel=0.02)
 
 
 def test_compilation_at_level_3_and_with_other_levels(model: Path, tmp_path: Path) -> None:
