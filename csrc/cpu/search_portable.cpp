@@ -19,20 +19,33 @@ float widen_block(const void* values, Dtype dtype, int64_t block, float* wide) {
   return float_of(largest);
 }
 
-int32_t error_of(const FixedLevels& levels, const int16_t* x, int32_t inverse) {
+template <bool has_bins>
+int32_t error_with(const FixedLevels& levels, const int16_t* x, int32_t inverse) {
   int32_t sum = 0;
   for (int64_t i = 0; i < kBlock; ++i) {
     const int32_t y = (x[i] * inverse + (1 << 14)) >> 15;
     int32_t middle = levels.middles[0], half = levels.halves[0];
-    for (int pair = 1; pair < kPairs; ++pair) {
-      const bool above = y > levels.borders[pair - 1];
-      middle = above ? levels.middles[pair] : middle;
-      half = above ? levels.halves[pair] : half;
+    if (has_bins) {
+      const int bin = (y >> kBinShift) & (kBins - 1);
+      middle = levels.bin_middles[bin];
+      half = levels.bin_halves[bin];
+    } else {
+      for (int pair = 1; pair < kPairs; ++pair) {
+        const bool above = y > levels.borders[pair - 1];
+        middle = above ? levels.middles[pair] : middle;
+        half = above ? levels.halves[pair] : half;
+      }
     }
     const int32_t distance = (y > middle ? y - middle : middle - y) - half;
     sum += distance * distance;
   }
   return sum;
+}
+
+// `inverse`: of the scale's magnitude.
+int32_t error_of(const SearchTables& tables, bool minus, const int16_t* x, int32_t inverse) {
+  const FixedLevels& levels = minus ? tables.minus : tables.plus;
+  return tables.has_bins ? error_with<true>(levels, x, inverse) : error_with<false>(levels, x, inverse);
 }
 
 unsigned code_of(const SearchTables& tables, float scaled) {
@@ -57,7 +70,7 @@ int64_t find_scales_portable(const SearchTables& tables, const void* values, Dty
     float least = 0;
     for (int sign = 0; sign < 2; ++sign) {
       for (int i = 0; i < kMultipliers; ++i) {
-        const int32_t sum = error_of(sign ? tables.minus : tables.plus, x, tables.inverses[i]);
+        const int32_t sum = error_of(tables, sign, x, tables.inverses[i]);
         const float error = float(sum) * tables.squares[i];
         if (sign + i > 0 && !(error < least)) continue;
         least = error;
@@ -73,8 +86,7 @@ void measure_blocks_portable(const SearchTables& tables, const int16_t* x, const
                              int64_t num_blocks, int per_block, int32_t* errors) {
   for (int64_t i = 0; i < num_blocks * per_block; ++i) {
     const int32_t inverse = inverses[i];
-    errors[i] = error_of(inverse < 0 ? tables.minus : tables.plus, x + i / per_block * kBlock,
-                         inverse < 0 ? -inverse : inverse);
+    errors[i] = error_of(tables, inverse < 0, x + i / per_block * kBlock, inverse < 0 ? -inverse : inverse);
   }
 }
 

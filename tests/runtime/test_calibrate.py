@@ -137,6 +137,20 @@ def test_second_pass(make_model: Callable[..., Path], text: Path, tmp_path: Path
     compile_checkpoint(folder, tmp_path / "best.nf4", CompileOptions(level=3, stats=stats, verify=True))
 
 
+@pytest.mark.cuda
+def test_a_gpu_collects_what_a_cpu_does(make_model: Callable[..., Path], text: Path, tmp_path: Path) -> None:
+    folder = make_model(dtype="float32")
+    compile_checkpoint(folder, tmp_path / "packed.nf4")
+    for device in ("cpu", "cuda"):
+        calibrate(folder, tmp_path / device, options(text, packed=tmp_path / "packed.nf4", device=device))
+    with Stats([tmp_path / "cpu"]) as cpu, Stats([tmp_path / "cuda"]) as cuda:
+        assert set(cpu.weights) == set(cuda.weights)
+        for name, known in cpu.weights.items():
+            other = cuda.weights[name]
+            np.testing.assert_allclose(other.moment(), known.moment(), rtol=1e-3, atol=1e-4, err_msg=name)
+            np.testing.assert_allclose(other.cross(), known.cross(), rtol=1e-3, atol=1e-4, err_msg=name)
+
+
 def test_kept_weights_of_a_packed_file_serve_as_well(
     make_model: Callable[..., Path], text: Path, tmp_path: Path
 ) -> None:

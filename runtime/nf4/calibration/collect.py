@@ -74,7 +74,7 @@ def entry_specs(model: CausalLM, layers: range) -> list[EntrySpec]:
             name = f"{path}.weight"
             if path == "lm_head" and model.config.tie_word_embeddings and not _holds(model, name):
                 name = "model.embed_tokens.weight"
-            data = weight.reshape(-1).view(torch.uint8).numpy()
+            data = weight.reshape(-1).view(torch.uint8).cpu().numpy()
             weights[name] = hashlib.sha256(data.data).hexdigest()
         features = model.get_submodule(reader.linears[0]).get_buffer("weight").shape[1]
         specs.append(EntrySpec(reader.name, int(features), weights))
