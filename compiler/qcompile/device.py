@@ -11,9 +11,9 @@ from nf4format.encode_cuda import CudaEncoder, DeviceError
 from .calibrated import DATA_FREE
 from .errors import CompileError
 from .options import CompileOptions
-from .source import CHUNK_BYTES
 
 DEVICES = ("cpu", "cuda", "auto")
+CHUNK_BYTES = 8 << 20  # that go to a GPU at once; with 2 MiB starting the work takes most of the time
 
 
 @contextmanager

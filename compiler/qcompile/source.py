@@ -59,18 +59,22 @@ class TensorReader:
         self._hashed_bytes = 0
 
     def byte_chunks(self, room: Room | None = None) -> Iterator[tuple[int, memoryview]]:
-        """(offset in the tensor, bytes): in `room`, or in the buffer, overwritten by the next step."""
-        for offset in range(0, self.num_bytes, CHUNK_BYTES):
+        """(offset in the tensor, bytes): as many as `room` takes, or in the buffer, overwritten by the next
+        step.
+        """
+        offset = 0
+        while offset < self.num_bytes:
             if self._cancelled.is_set():
                 raise Cancelled
             place = room() if room else memoryview(self._buffer)
-            chunk = place[: min(CHUNK_BYTES, self.num_bytes - offset)]
+            chunk = place[: self.num_bytes - offset]
             self._checkpoint.read_into(self._name, chunk, offset)
             if offset == self._hashed_bytes:  # an encoder may read a tensor more than once
                 self._hash.update(chunk)
                 self._hashed_bytes += len(chunk)
                 self._on_read(len(chunk))
             yield offset, chunk
+            offset += len(chunk)
 
     def chunks(self, room: Room | None = None) -> Iterator[tuple[int, np.ndarray]]:
         """(index of the first value, values), as `encode.TensorSource` has it."""
