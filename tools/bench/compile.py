@@ -3,8 +3,8 @@
     python tools/bench/compile.py --gib 4 --json tools/bench/results/compile.json
 
 Makes a synthetic Llama-shaped checkpoint in a temporary directory (inside --dir, which decides the disk),
-then takes turns: copy, compile, copy, compile. Before each turn the source is read once, so that both find it
-in the page cache, and dirty pages of earlier turns are on the disk.
+then takes turns: copy, compile at each level, and again. Before each turn the source is read once, so that
+all find it in the page cache, and dirty pages of earlier turns are on the disk.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from report import Report, machine
@@ -84,47 +85,48 @@ def main() -> None:
     parser.add_argument("--gib", type=float, default=4.0, help="size of the checkpoint (default 4)")
     parser.add_argument("--shape", default="llama-2-7b", help="of whose layers; see tools/make_checkpoint.py")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each (default 5)")
+    parser.add_argument(
+        "--options", nargs="+", default=["-O0", "-O1"], metavar="ARGS",
+        help='of qcompile, a row each, such as "-O1 --device cuda" (default: -O0 -O1)',
+    )  # fmt: skip
     parser.add_argument("--dir", type=Path, help="where to work (default: the system's temporary directory)")
     parser.add_argument("--json", type=Path, help="write the result there")
     args = parser.parse_args()
 
     copies: list[float] = []
-    compiles: list[float] = []
+    compiles: dict[str, list[float]] = {options: [] for options in args.options}
     peaks: list[int] = []
     with tempfile.TemporaryDirectory(prefix="nf4-bench-", dir=args.dir) as folder:
         model, copied, out = (Path(folder, name) for name in ("model", "copied", "out.nf4"))
-        make = [
-            sys.executable,
-            str(MAKE_CHECKPOINT),
-            str(model),
-            "--gib",
-            str(args.gib),
-            "--shape",
-            args.shape,
-        ]
+        make = [sys.executable, MAKE_CHECKPOINT, model, "--gib", str(args.gib), "--shape", args.shape]
         subprocess.run(make, check=True)
         source_bytes = sum(path.stat().st_size for path in model.glob("*.safetensors"))
-        command = [str(Path(sys.executable).with_name("qcompile")), str(model), str(out), "--quiet"]
         for turn in range(args.rounds):
             warm(model)
             copies.append(timed(lambda: copy(model, copied))[0])
             shutil.rmtree(copied)
-            warm(model)
-            seconds, peak = timed(lambda: run_sampled(command))
-            compiles.append(seconds)
-            peaks.append(peak)
-            file_bytes = out.stat().st_size
-            out.unlink()
-            print(f"turn {turn + 1}: cp -r {copies[-1]:.2f} s, qcompile {seconds:.2f} s", file=sys.stderr)
+            print(f"turn {turn + 1}: cp -r {copies[-1]:.2f} s", file=sys.stderr)
+            for options, times in compiles.items():
+                warm(model)
+                command = [sys.executable, "-m", "qcompile", str(model), str(out), "--quiet"]
+                seconds, peak = timed(partial(run_sampled, command + options.split()))
+                times.append(seconds)
+                peaks.append(peak)
+                file_bytes = out.stat().st_size
+                out.unlink()
+                print(f"turn {turn + 1}: qcompile {options} {seconds:.2f} s", file=sys.stderr)
 
-    copy_s, compile_s = statistics.median(copies), statistics.median(compiles)
+    copy_s = statistics.median(copies)
     Report(
         title=f"qcompile of a {source_bytes / 2**30:.2f} GiB {args.shape}-shaped bf16 checkpoint, "
         f"median of {args.rounds} turns",
         columns=["", "median s", "best s", "worst s", "input GB/s", "GB written", "times cp -r"],
         rows=[
-            _row("cp -r, fsync", copies, source_bytes, source_bytes, 1.0),
-            _row("qcompile", compiles, source_bytes, file_bytes, compile_s / copy_s),
+            _row("cp -r, fsync", copies, source_bytes, source_bytes, copy_s),
+            *(
+                _row(f"qcompile {options}", times, source_bytes, file_bytes, copy_s)
+                for options, times in compiles.items()
+            ),
         ],
         machine=machine("nf4", "numpy"),
         notes=[
@@ -138,10 +140,10 @@ def main() -> None:
 
 
 def _row(
-    name: str, seconds: list[float], read: int, written: int, relative: float
+    name: str, seconds: list[float], read: int, written: int, copy_s: float
 ) -> list[str | float | int | None]:
     median = statistics.median(seconds)
-    return [name, median, min(seconds), max(seconds), read / median / 1e9, written / 1e9, relative]
+    return [name, median, min(seconds), max(seconds), read / median / 1e9, written / 1e9, median / copy_s]
 
 
 if __name__ == "__main__":
