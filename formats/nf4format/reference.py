@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
@@ -139,6 +141,44 @@ def quantize_search(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Both stages at once, see `nf4format.blocks.quantize_search`; `threads` has no effect here."""
     blocks = _blocks(values, dtype)
+    entry, nested_absmax = _search(blocks, partial(_fixed_error, levels=levels), np.float32(1))
+    # Codes for the scales as they will be decoded.
+    with np.errstate(divide="ignore", over="ignore"):
+        scale = NESTED_MAP[entry] * np.repeat(nested_absmax, NESTED_BLOCK)[: entry.size]
+        factor = np.where(scale == 0, np.float32(0), np.clip(np.float32(1) / scale, -_LARGEST, _LARGEST))
+        packed = _packed_codes(blocks * factor[:, None], levels, values.size)
+    if codes is None:
+        codes = np.empty(packed.size, np.uint8)
+    codes[:] = packed
+    return codes, entry, nested_absmax
+
+
+def scale_search(
+    values: np.ndarray, weights: np.ndarray, *, levels: np.ndarray = NF4_LEVELS, threads: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scales for weighted errors, see `nf4format.blocks.scale_search`; `threads` has no effect here."""
+    blocks = _blocks(values, "float32")
+    importance = np.zeros_like(blocks)
+    importance.reshape(-1)[: values.size] = np.resize(weights, values.size)
+    error = partial(_weighted_error, levels=levels, importance=importance)
+    return _search(blocks, error, np.float32(1e-30))
+
+
+def _search(
+    blocks: np.ndarray,
+    error_of: Callable[[np.ndarray, np.ndarray, np.ndarray | bool], np.ndarray],
+    above_zero: np.float32,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scales that lose least, for an offset of 0.
+
+    Args:
+        blocks: float32 [blocks, 64].
+        error_of: float32 [blocks] from the arguments of `_fixed_error`.
+        above_zero: added to errors on the grid, so that none times infinity is a NaN.
+
+    Returns:
+        absmax uint8 [blocks], nested_absmax float32 [ceil(blocks / 256)].
+    """
     absmax = np.abs(blocks).max(axis=1)
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
         fixed = np.rint(blocks * np.minimum(np.float32(32767) / absmax, _LARGEST)[:, None]).astype(np.int32)
@@ -147,7 +187,7 @@ def quantize_search(
         for sign in (np.float32(1), np.float32(-1)):
             for multiplier in MULTIPLIERS:
                 inverse = np.full(absmax.shape, np.rint(_UNIT / np.float64(multiplier)), np.int32)
-                error = _fixed_error(fixed, inverse, bool(sign < 0), levels) * (multiplier * multiplier)
+                error = error_of(fixed, inverse, bool(sign < 0)) * (multiplier * multiplier)
                 candidate = sign * np.minimum(absmax * multiplier, _LARGEST)
                 scale, least = np.where(error < least, candidate, scale), np.minimum(error, least)
         # 2. In groups of 256 blocks, of the three entries of the map that are next to it, the best.
@@ -164,79 +204,15 @@ def quantize_search(
             compared = abs(ratio * np.float32(_UNIT)) <= _LARGEST_INVERSE
             inverse = np.where(compared, np.rint(ratio * np.float32(_UNIT)), 0).astype(np.int32)
             weight = np.where(compared, np.float32(1) / (ratio * ratio), np.float32(np.inf))
-            error = (_fixed_error(fixed, abs(inverse), inverse < 0, levels) + np.float32(1)) * weight
-            entry, least = np.where(error < least, neighbour, entry), np.minimum(error, least)
-        # 3. Codes for the scales as they will be decoded.
-        scale = NESTED_MAP[entry] * nested
-        factor = np.where(scale == 0, np.float32(0), np.clip(np.float32(1) / scale, -_LARGEST, _LARGEST))
-        packed = _packed_codes(blocks * factor[:, None], levels, values.size)
-    if codes is None:
-        codes = np.empty(packed.size, np.uint8)
-    codes[:] = packed
-    return codes, entry.astype(np.uint8), nested_absmax
-
-
-def scale_search(
-    values: np.ndarray, weights: np.ndarray, *, levels: np.ndarray = NF4_LEVELS, threads: int = 1
-) -> tuple[np.ndarray, np.ndarray]:
-    """Scales for weighted errors, see `nf4format.blocks.scale_search`; `threads` has no effect here."""
-    blocks = _blocks(values, "float32")
-    importance = np.zeros_like(blocks)
-    importance.reshape(-1)[: values.size] = np.resize(weights, values.size)
-    absmax = np.abs(blocks).max(axis=1)
-    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
-        fixed = np.rint(blocks * np.minimum(np.float32(32767) / absmax, _LARGEST)[:, None]).astype(np.int32)
-        scale, least = np.zeros_like(absmax), np.full(absmax.shape, np.inf, np.float32)
-        for sign in (np.float32(1), np.float32(-1)):
-            for multiplier in MULTIPLIERS:
-                inverse = np.full(absmax.shape, np.rint(_UNIT / np.float64(multiplier)), np.int32)
-                error = _weighted_error(fixed, inverse, bool(sign < 0), levels, importance)
-                error = error * (multiplier * multiplier)
-                candidate = sign * np.minimum(absmax * multiplier, _LARGEST)
-                scale, least = np.where(error < least, candidate, scale), np.minimum(error, least)
-        num_nested = math.ceil(absmax.size / NESTED_BLOCK)
-        padded = np.zeros((num_nested, NESTED_BLOCK), np.float32)
-        padded.reshape(-1)[: absmax.size] = scale
-        nested_absmax, reciprocal = _scale_and_reciprocal(padded)
-        relative = (padded * reciprocal[:, None]).reshape(-1)[: absmax.size]
-        nearest = np.searchsorted(_NESTED_THRESHOLDS, relative, side="left")
-        nested = np.repeat(nested_absmax, NESTED_BLOCK)[: absmax.size]
-        entry, least = nearest, np.full(absmax.shape, np.inf, np.float32)
-        for neighbour in (nearest, np.maximum(nearest - 1, 0), np.minimum(nearest + 1, 255)):
-            ratio = absmax / (NESTED_MAP[neighbour] * nested)
-            compared = abs(ratio * np.float32(_UNIT)) <= _LARGEST_INVERSE
-            inverse = np.where(compared, np.rint(ratio * np.float32(_UNIT)), 0).astype(np.int32)
-            weight = np.where(compared, np.float32(1) / (ratio * ratio), np.float32(np.inf))
-            error = _weighted_error(fixed, abs(inverse), inverse < 0, levels, importance)
-            error = (error + np.float32(1e-30)) * weight
+            error = (error_of(fixed, abs(inverse), inverse < 0) + above_zero) * weight
             entry, least = np.where(error < least, neighbour, entry), np.minimum(error, least)
     return entry.astype(np.uint8), nested_absmax
 
 
-def _weighted_error(
-    fixed: np.ndarray,
-    inverse: np.ndarray,
-    negative: np.ndarray | bool,
-    levels: np.ndarray,
-    importance: np.ndarray,
-) -> np.ndarray:
-    """As _fixed_error, each squared distance times its importance, in float32 and in 16 lanes: [blocks]."""
-    scaled = (fixed * inverse[:, None] + (1 << 14)) >> 15
-    scaled = np.where(np.reshape(negative, (-1, 1)), -scaled, scaled)
-    fixed_levels = 2 * np.rint(levels.astype(np.float64) * (_UNIT // 2)).astype(np.int64)
-    code = np.searchsorted((fixed_levels[:-1] + fixed_levels[1:]) // 2, scaled, side="left")
-    distance = (scaled - fixed_levels[code]).astype(np.float32)
-    terms = (distance * distance * importance).reshape(-1, 4, 16)
-    lanes = ((terms[:, 0] + terms[:, 1]) + terms[:, 2]) + terms[:, 3]
-    for width in (8, 4, 2, 1):
-        lanes = lanes[:, :width] + lanes[:, width : 2 * width]
-    return lanes[:, 0]
-
-
-def _fixed_error(
+def _distances(
     fixed: np.ndarray, inverse: np.ndarray, negative: np.ndarray | bool, levels: np.ndarray
 ) -> np.ndarray:
-    """Sum over each block of the squared distance from the nearest level, in integers, as float32 [blocks].
+    """Distances from the nearest levels, int64 [blocks, 64].
 
     Args:
         fixed: int32 [blocks, 64], values in units of absmax / 32767.
@@ -247,7 +223,30 @@ def _fixed_error(
     scaled = np.where(np.reshape(negative, (-1, 1)), -scaled, scaled)
     fixed_levels = 2 * np.rint(levels.astype(np.float64) * (_UNIT // 2)).astype(np.int64)
     code = np.searchsorted((fixed_levels[:-1] + fixed_levels[1:]) // 2, scaled, side="left")
-    return np.square(scaled - fixed_levels[code]).sum(axis=1).astype(np.float32)
+    return scaled - fixed_levels[code]
+
+
+def _fixed_error(
+    fixed: np.ndarray, inverse: np.ndarray, negative: np.ndarray | bool, levels: np.ndarray
+) -> np.ndarray:
+    """Sum over each block of the squared distance, in integers, as float32 [blocks]; see `_distances`."""
+    return np.square(_distances(fixed, inverse, negative, levels)).sum(axis=1).astype(np.float32)
+
+
+def _weighted_error(
+    fixed: np.ndarray,
+    inverse: np.ndarray,
+    negative: np.ndarray | bool,
+    levels: np.ndarray,
+    importance: np.ndarray,
+) -> np.ndarray:
+    """The same with each squared distance times its importance, in float32 and in 16 lanes: [blocks]."""
+    distance = _distances(fixed, inverse, negative, levels).astype(np.float32)
+    terms = (distance * distance * importance).reshape(-1, 4, 16)
+    lanes = ((terms[:, 0] + terms[:, 1]) + terms[:, 2]) + terms[:, 3]
+    for width in (8, 4, 2, 1):
+        lanes = lanes[:, :width] + lanes[:, width : 2 * width]
+    return lanes[:, 0]
 
 
 def decode_absmax(packed: PackedTensor) -> np.ndarray:
