@@ -92,6 +92,24 @@ class Encoder(Protocol):
         ...
 
 
+EncodeChunk = Callable[[int, np.ndarray, np.ndarray], None]
+"""Takes the index of a chunk's first value, its values, and where its codes go."""
+
+
+def _encode_chunks(source: TensorSource, write_codes: WriteCodes, encode: EncodeChunk) -> None:
+    """Each chunk through `encode`, its codes on to `write_codes`; NonFinite then has the tensor's index."""
+    codes: np.ndarray | None = None
+    for start, values in source.chunks():
+        if codes is None:
+            codes = np.empty(-(-values.size // 2), np.uint8)  # the first chunk is the largest
+        chunk_codes = codes[: -(-values.size // 2)]
+        try:
+            encode(start, values, chunk_codes)
+        except NonFinite as error:
+            raise NonFinite(start + error.index) from None
+        write_codes(start, chunk_codes)
+
+
 def encode_absmax(
     source: TensorSource,
     write_codes: WriteCodes,
@@ -101,24 +119,12 @@ def encode_absmax(
     levels: np.ndarray = NF4_LEVELS,
 ) -> Constants:
     """Level 0: a block's scale is its largest magnitude, as in QLoRA (arXiv 2305.14314, section 3)."""
-    codes: np.ndarray | None = None
-    for start, values in source.chunks():
-        if codes is None:
-            codes = np.empty(-(-values.size // 2), np.uint8)  # the first chunk is the largest
-        chunk_codes = codes[: -(-values.size // 2)]
-        chunk_scales = scales[start // BLOCK : -(-(start + values.size) // BLOCK)]
-        try:
-            quantize_codes(
-                values,
-                source.dtype,
-                levels=levels,
-                codes=chunk_codes,
-                absmax=chunk_scales,
-                threads=threads(),
-            )
-        except NonFinite as error:
-            raise NonFinite(start + error.index) from None
-        write_codes(start, chunk_codes)
+
+    def encode(start: int, values: np.ndarray, codes: np.ndarray) -> None:
+        of_chunk = scales[start // BLOCK : -(-(start + values.size) // BLOCK)]
+        quantize_codes(values, source.dtype, levels=levels, codes=codes, absmax=of_chunk, threads=threads())
+
+    _encode_chunks(source, write_codes, encode)
     return Constants(*quantize_absmax(scales))
 
 
@@ -131,24 +137,18 @@ def encode_search(
     levels: np.ndarray = NF4_LEVELS,
 ) -> Constants:
     """Level 1: scales of either sign that lose least, see `nf4format.blocks.quantize_search`."""
-    num_blocks = -(-source.num_values // BLOCK)
-    absmax = np.empty(num_blocks, np.uint8)
-    nested_absmax = np.empty(-(-num_blocks // NESTED_BLOCK), np.float32)
-    codes: np.ndarray | None = None
-    for start, values in source.chunks():
-        if codes is None:
-            codes = np.empty(-(-values.size // 2), np.uint8)  # the first chunk is the largest
-        chunk_codes = codes[: -(-values.size // 2)]
-        try:
-            _, chunk_absmax, chunk_nested = quantize_search(
-                values, source.dtype, levels=levels, codes=chunk_codes, threads=threads()
-            )
-        except NonFinite as error:
-            raise NonFinite(start + error.index) from None
+    absmax = np.empty(-(-source.num_values // BLOCK), np.uint8)
+    nested_absmax = np.empty(-(-absmax.size // NESTED_BLOCK), np.float32)
+
+    def encode(start: int, values: np.ndarray, codes: np.ndarray) -> None:
+        _, of_chunk, nested = quantize_search(
+            values, source.dtype, levels=levels, codes=codes, threads=threads()
+        )
         first = start // BLOCK
-        absmax[first : first + chunk_absmax.size] = chunk_absmax
-        nested_absmax[first // NESTED_BLOCK :][: chunk_nested.size] = chunk_nested
-        write_codes(start, chunk_codes)
+        absmax[first : first + of_chunk.size] = of_chunk
+        nested_absmax[first // NESTED_BLOCK :][: nested.size] = nested
+
+    _encode_chunks(source, write_codes, encode)
     return Constants(absmax, nested_absmax, 0.0)
 
 
