@@ -56,6 +56,24 @@ struct SearchTables {
 // limits keep a block's error below 2^31.
 SearchTables search_tables(const float* levels, const float* thresholds);
 
+// Distance of y from the nearest level, one at a time; `has_bins` as in the tables.
+template <bool has_bins>
+static inline int32_t distance_from_level(const FixedLevels& levels, int32_t y) {
+  int32_t middle = levels.middles[0], half = levels.halves[0];
+  if (has_bins) {
+    const int bin = (y >> kBinShift) & (kBins - 1);
+    middle = levels.bin_middles[bin];
+    half = levels.bin_halves[bin];
+  } else {
+    for (int pair = 1; pair < kPairs; ++pair) {
+      const bool above = y > levels.borders[pair - 1];
+      middle = above ? levels.middles[pair] : middle;
+      half = above ? levels.halves[pair] : half;
+    }
+  }
+  return (y > middle ? y - middle : middle - y) - half;
+}
+
 // The factors that all kernels share, to the bit.
 static inline float limited_inverse(float numerator, float value) {
   const float inverse = numerator / value;  // infinite where the value is 0 or subnormal

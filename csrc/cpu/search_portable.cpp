@@ -24,19 +24,7 @@ int32_t error_with(const FixedLevels& levels, const int16_t* x, int32_t inverse)
   int32_t sum = 0;
   for (int64_t i = 0; i < kBlock; ++i) {
     const int32_t y = (x[i] * inverse + (1 << 14)) >> 15;
-    int32_t middle = levels.middles[0], half = levels.halves[0];
-    if (has_bins) {
-      const int bin = (y >> kBinShift) & (kBins - 1);
-      middle = levels.bin_middles[bin];
-      half = levels.bin_halves[bin];
-    } else {
-      for (int pair = 1; pair < kPairs; ++pair) {
-        const bool above = y > levels.borders[pair - 1];
-        middle = above ? levels.middles[pair] : middle;
-        half = above ? levels.halves[pair] : half;
-      }
-    }
-    const int32_t distance = (y > middle ? y - middle : middle - y) - half;
+    const int32_t distance = distance_from_level<has_bins>(levels, y);
     sum += distance * distance;
   }
   return sum;

@@ -22,19 +22,7 @@ float error_with(const FixedLevels& levels, const int32_t* x, const float* weigh
   for (int64_t begin = 0; begin < kBlock; begin += kLanes) {
     for (int64_t i = 0; i < kLanes; ++i) {
       const int32_t y = (x[begin + i] * inverse + (1 << 14)) >> 15;
-      int32_t middle = levels.middles[0], half = levels.halves[0];
-      if (has_bins) {
-        const int bin = (y >> kBinShift) & (kBins - 1);
-        middle = levels.bin_middles[bin];
-        half = levels.bin_halves[bin];
-      } else {
-        for (int pair = 1; pair < kPairs; ++pair) {
-          const bool above = y > levels.borders[pair - 1];
-          middle = above ? levels.middles[pair] : middle;
-          half = above ? levels.halves[pair] : half;
-        }
-      }
-      const float distance = float((y > middle ? y - middle : middle - y) - half);
+      const float distance = float(distance_from_level<has_bins>(levels, y));
       lanes[i] += distance * distance * weights[begin + i];
     }
   }
