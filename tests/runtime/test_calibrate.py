@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from click.testing import CliRunner
 from nf4.calibration.run import CalibrateOptions, calibrate
 from nf4.cli import group
 from nf4.errors import LoadError
+from nf4format.errors import WriteError
 from nf4format.stats import Stats
 from qcompile.options import CompileOptions
 from qcompile.pipeline import compile_checkpoint
@@ -112,6 +115,22 @@ def test_ranges_of_layers_make_up_the_whole(
     for wrong in ((0, 9), (1, 1), (-1, 1)):
         with pytest.raises(LoadError, match="layers, expected a range within 0:3"):
             calibrate(folder, tmp_path / "wrong", options(text, layers=wrong))
+
+
+def test_a_disk_without_room_for_activations(
+    make_model: Callable[..., Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_model()
+    hidden_size = json.loads((folder / "config.json").read_text())["hidden_size"]
+
+    def full(fd: int, offset: int, size: int) -> None:
+        if size == 4 * 240 * hidden_size:  # the residual stream's, not the output's
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(WriteError, match="no space left"):
+        calibrate(folder, tmp_path / "out", options(text))
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([folder.name, text.name])
 
 
 def test_second_pass(make_model: Callable[..., Path], text: Path, tmp_path: Path) -> None:

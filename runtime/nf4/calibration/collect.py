@@ -2,12 +2,16 @@
 
 All windows of text go through a layer before the next one begins: what is in memory is one layer's moments,
 and one batch of activations; the residual streams between layers lie in a file that the system may write out.
-Weights are used where they are mapped. A second, packed model may run beside the first.
+Weights are used where they are mapped, or copied to a GPU for as long as their layer runs. A second, packed
+model may run beside the first.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
+import mmap
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,7 +21,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
+from nf4format.atomic import write_error
 from nf4format.stats import EntrySpec, StatsWriter
 
 from ..model.decoder import CausalLM, DecoderLayer, attention_bias
@@ -113,6 +119,7 @@ def collect(
     *,
     full: bool,
     packed: CausalLM | None = None,
+    device: torch.device,
     folder: Path,
     progress: Progress | None = None,
 ) -> None:
@@ -125,20 +132,26 @@ def collect(
         writer: made with the `entry_specs` of these layers.
         full: moments, not only their diagonals.
         packed: a model of the same shape that reads y.
+        device: where layers run, wherever the models are.
         folder: on a disk with room for the residual streams: tokens times hidden size, one for each model.
+
+    Raises:
+        WriteError: there is no such room.
     """
     models = [model] if packed is None else [model, packed]
     tokens = windows.numel()
     last = layers.stop == model.config.num_hidden_layers
     with ExitStack() as stack:
-        streams = [stack.enter_context(_Stream(one, windows, folder)) for one in models]
+        streams = [stack.enter_context(_Stream(one, windows, device, folder)) for one in models]
         stack.enter_context(torch.inference_mode())
         done = 0
         for layer in range(layers.stop):
             readers = layer_readers(layer) if layer in layers else []
-            moments = _moments(model, readers, full=full, cross=packed is not None)
+            moments = _moments(model, readers, full=full, cross=packed is not None, device=device)
+            for stream in streams:
+                stream.enter_layer(layer)
             for rows in _batches(windows):
-                captured = [stream.advance(layer, rows, readers) for stream in streams]
+                captured = [stream.advance(rows, readers) for stream in streams]
                 for reader in readers:
                     moments[reader.name].add(*(inputs[reader.name] for inputs in captured))
                 done += rows.stop - rows.start
@@ -147,17 +160,19 @@ def collect(
             for reader in readers:
                 _put(writer, reader.name, moments[reader.name], tokens)
         if last:
-            moments = _moments(model, [HEAD], full=full, cross=packed is not None)
+            moments = _moments(model, [HEAD], full=full, cross=packed is not None, device=device)
             for rows in _batches(windows):
                 moments[HEAD.name].add(*(stream.head_input(rows) for stream in streams))
             _put(writer, HEAD.name, moments[HEAD.name], tokens)
 
 
-def _moments(model: CausalLM, readers: list[Reader], *, full: bool, cross: bool) -> dict[str, Moments]:
+def _moments(
+    model: CausalLM, readers: list[Reader], *, full: bool, cross: bool, device: torch.device
+) -> dict[str, Moments]:
     found = {}
     for reader in readers:
         features = int(model.get_submodule(reader.linears[0]).in_features)  # type: ignore[arg-type]
-        found[reader.name] = Moments(features, full=full, cross=cross, device=model.device)
+        found[reader.name] = Moments(features, full=full, cross=cross, device=device)
     return found
 
 
@@ -175,23 +190,19 @@ def _batches(windows: Tensor) -> Iterator[slice]:
 class _Stream:
     """The residual stream of one model over all windows, in an unlinked file."""
 
-    def __init__(self, model: CausalLM, windows: Tensor, folder: Path) -> None:
-        self._model, self._windows, self._folder = model, windows, folder
+    def __init__(self, model: CausalLM, windows: Tensor, device: torch.device, folder: Path) -> None:
+        self._model, self._windows, self._device, self._folder = model, windows, device, folder
 
     def __enter__(self) -> _Stream:
-        model, (count, length) = self._model, self._windows.shape
-        self._file = tempfile.TemporaryFile(dir=self._folder)
-        shape = (count, length, model.config.hidden_size)
-        self._hidden = torch.from_numpy(np.memmap(self._file, np.float32, mode="w+", shape=shape))
+        model, (count, length), device = self._model, self._windows.shape, self._device
         decoder = model.model
-        angles = torch.arange(length, device=model.device)[None, :, None].float()
-        angles = angles * decoder.frequencies.to(model.device)
+        self._hidden = self._room(count, length, model.config.hidden_size)
+        angles = torch.arange(length, device=device)[None, :, None].float() * decoder.frequencies.to(device)
         self._angles = tuple(
             torch.cat((part,) * 2, dim=-1).to(model.dtype) for part in (angles.cos(), angles.sin())
         )
         self._seen = {
-            window: attention_bias(None, 0, length, window, model.device)
-            for window in set(decoder.layer_windows)
+            window: attention_bias(None, 0, length, window, device) for window in set(decoder.layer_windows)
         }
         with torch.inference_mode():
             for rows in _batches(self._windows):
@@ -201,22 +212,41 @@ class _Stream:
 
     def __exit__(self, *_: object) -> None:
         del self._hidden
-        self._file.close()
 
-    def advance(self, layer: int, rows: slice, readers: list[Reader]) -> dict[str, Tensor]:
-        """Run one layer over some windows; what its readers read, by name."""
-        model = self._model
-        module = model.model.layers[layer]
+    def _room(self, *shape: int) -> Tensor:
+        """float32, not initialised, in an unlinked file."""
+        num_bytes = 4 * math.prod(shape)
+        try:
+            with tempfile.TemporaryFile(dir=self._folder) as file:
+                # The space is claimed now: a full disk is an error here, and a bus error in the mapping.
+                os.posix_fallocate(file.fileno(), 0, num_bytes)
+                mapped = np.frombuffer(mmap.mmap(file.fileno(), num_bytes), np.float32)
+        except OSError as error:
+            raise write_error(self._folder, error) from error
+        return torch.from_numpy(mapped).view(shape)
+
+    def enter_layer(self, layer: int) -> None:
+        """Make ready a layer, and let go of the one before."""
+        module = self._model.model.layers[layer]
         assert isinstance(module, DecoderLayer)
-        seen = self._seen[model.model.layer_windows[layer]]
-        with _captured(module, readers) as inputs:
-            x = self._hidden[rows].to(model.device, model.dtype)
-            self._hidden[rows] = module(x, *self._angles, seen).float().cpu()
+        self._layer, self._bias = module, self._seen[self._model.model.layer_windows[layer]]
+        tensors = (*module.named_parameters(), *module.named_buffers())
+        self._weights: dict[str, Tensor] = {}  # lets go of the layer's before
+        self._weights = {
+            name: tensor.to(self._device) for name, tensor in tensors if tensor.device != self._device
+        }
+
+    def advance(self, rows: slice, readers: list[Reader]) -> dict[str, Tensor]:
+        """Run the layer over some windows; what its readers read, by name."""
+        with _captured(self._layer, readers) as inputs:
+            x = self._hidden[rows].to(self._device, self._model.dtype)
+            x = functional_call(self._layer, self._weights, (x, *self._angles, self._bias))
+            self._hidden[rows] = x.float().cpu()
         return inputs
 
     def head_input(self, rows: slice) -> Tensor:
         x = self._hidden[rows].to(self._model.device, self._model.dtype)
-        return self._model.model.norm(x)
+        return self._model.model.norm(x).to(self._device)
 
 
 @contextmanager

@@ -37,7 +37,7 @@ class CalibrateOptions:
         seq_len: tokens of a window, BOS included; None = 2048, or the model's context if shorter.
         separator: what stands between documents.
         dtype: of the arithmetic.
-        device: where it runs.
+        device: where layers run, the original's one at a time.
         force: replace an existing output.
     """
 
@@ -78,10 +78,10 @@ def calibrate(
         FormatError: a file is damaged.
         WriteError: the output cannot be written.
     """
-    model = _original(source, options)
+    model, device = _original(source, options), resolve(options.device, source)
     packed = None
     if options.packed is not None:
-        packed = load(options.packed, device=options.device, dtype=options.dtype)
+        packed = load(options.packed, device=device, dtype=options.dtype)
         _check_same_shape(model, packed, options.packed)
     layers = _layers(options.layers, model.config.num_hidden_layers, source)
     windows, sha256 = _windows(model, source, options)
@@ -102,16 +102,25 @@ def calibrate(
     )
     with writer:
         folder = Path(out).absolute().parent
-        collect(model, windows, layers, writer, full=full, packed=packed, folder=folder, progress=progress)
+        collect(
+            model,
+            windows,
+            layers,
+            writer,
+            full=full,
+            packed=packed,
+            device=device,
+            folder=folder,
+            progress=progress,
+        )
     return CalibrateResult(windows.numel(), len(windows), windows.shape[1], layers, len(specs), sha256)
 
 
 def _original(source: str | os.PathLike[str], options: CalibrateOptions) -> CausalLM:
+    """On the CPU, mapped: layers go to the device one at a time."""
     if Path(source).is_dir():
-        file = OriginalFile(source)
-        model = build_original(file, COMPUTE_DTYPES[options.dtype])
-        return model.to(resolve(options.device, source)).eval()
-    model = load(source, device=options.device, dtype=options.dtype)
+        return build_original(OriginalFile(source), COMPUTE_DTYPES[options.dtype]).eval()
+    model = load(source, dtype=options.dtype)
     assert isinstance(model.source, Nf4File)
     packed = sorted(name for name in model.source.packed_names if name.startswith("model.layers."))
     if packed:
