@@ -10,8 +10,9 @@ to y. Weights that read the same x (q, k and v of a layer; gate and up) share an
                                                  is that of y
 
 A file says which weights it is of, by name and by the SHA-256 of their bytes in the checkpoint, so that
-statistics of another model are refused weight by weight. Several files go together: other layers, or other
-data for the same ones, which are averaged by their numbers of tokens.
+statistics of another model are refused weight by weight; the XXH3-64 of each tensor is in its metadata, and
+compared when the tensor is read. Several files go together: other layers, or other data for the same ones,
+which are averaged by their numbers of tokens.
 """
 
 from __future__ import annotations
@@ -19,24 +20,26 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
 import numpy as np
+import xxhash
 
 from .atomic import AtomicFile
 from .errors import FormatError
 from .files import open_regular, pread_into
 from .header import Header, read_header
 from .strictjson import parse_object
-from .tensorfile import begin_tensors, plan_tensors
+from .tensorfile import begin_tensors, plan_tensors, write_header
 
 FORMAT: Final = "nf4.stats"
 VERSION: Final = "1"
 MAX_FEATURES: Final = 1 << 20
+_SUM_DIGITS: Final = 16  # of each tensor's sum, hexadecimal, in the order of the tensors' offsets
 _REMEDY: Final = "collect the statistics again with nf4 calibrate"
 
 
@@ -84,8 +87,10 @@ class StatsWriter:
             FORMAT: VERSION,
             f"{FORMAT}.entries": json.dumps(described, sort_keys=True, separators=(",", ":")),
             f"{FORMAT}.tokens": str(tokens),
+            f"{FORMAT}.xxh3": "0" * (_SUM_DIGITS * len(tensors)),  # until they are known
         }
         self._plan = plan_tensors(tensors, {**{f"{FORMAT}.{k}": v for k, v in metadata.items()}, **known})
+        self._sums: dict[str, str] = {}
         self._file = AtomicFile(path, overwrite=overwrite)
 
     def __enter__(self) -> StatsWriter:
@@ -96,23 +101,39 @@ class StatsWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is None:
+            try:
+                self._write_sums()
+            except BaseException as failure:
+                self._file.__exit__(type(failure), failure, failure.__traceback__)
+                raise
         self._file.__exit__(kind, error, trace)
+
+    def _write_sums(self) -> None:
+        missing = self._plan.entries.keys() - self._sums.keys()
+        if missing:
+            raise ValueError(f"never written: {min(missing)}")
+        sums = "".join(self._sums[name] for name in self._plan.entries)
+        metadata = {**self._plan.metadata, f"{FORMAT}.xxh3": sums}
+        write_header(self._file, replace(self._plan, metadata=metadata))
 
     def put(self, name: str, moment: np.ndarray, cross: np.ndarray | None = None) -> None:
         """Write an entry from its moment, float32 [k, k] or only its diagonal [k], and its cross moment."""
         diagonal = moment if moment.ndim == 1 else np.diagonal(moment)
-        self._write(f"{name}.diagonal", np.ascontiguousarray(diagonal, np.float32))
+        self._write(f"{name}.diagonal", [np.ascontiguousarray(diagonal, np.float32)])
         if f"{name}.moment" in self._plan.entries:
-            position = self._plan.entries[f"{name}.moment"].begin
-            for row in range(len(moment)):
-                part = np.ascontiguousarray(moment[row, row:], np.float32)
-                self._file.pwrite(part.data, position)
-                position += part.nbytes
+            rows = (np.ascontiguousarray(moment[row, row:], np.float32) for row in range(len(moment)))
+            self._write(f"{name}.moment", rows)
         if cross is not None:
-            self._write(f"{name}.cross", np.ascontiguousarray(cross, np.float32))
+            self._write(f"{name}.cross", [np.ascontiguousarray(cross, np.float32)])
 
-    def _write(self, tensor: str, array: np.ndarray) -> None:
-        self._file.pwrite(array.data, self._plan.entries[tensor].begin)
+    def _write(self, tensor: str, parts: Iterable[np.ndarray]) -> None:
+        position, hashed = self._plan.entries[tensor].begin, xxhash.xxh3_64()
+        for part in parts:
+            self._file.pwrite(part.data, position)
+            hashed.update(part.data)
+            position += part.nbytes
+        self._sums[tensor] = hashed.hexdigest()
 
 
 class WeightStats:
@@ -210,12 +231,12 @@ class Stats:
         self.close()
 
     def metadata(self) -> list[dict[str, str]]:
-        """What each file says about itself, without the description of its entries."""
+        """What each file says about itself, without the description of its entries and their sums."""
         return [
             {
                 key.removeprefix(f"{FORMAT}."): value
                 for key, value in file.header.metadata.items()
-                if key.startswith(f"{FORMAT}.") and key != f"{FORMAT}.entries"
+                if key.startswith(f"{FORMAT}.") and key not in (f"{FORMAT}.entries", f"{FORMAT}.xxh3")
             }
             for file in self._files
         ]
@@ -238,6 +259,7 @@ class _File:
                 )
             self.tokens = self._checked_tokens(metadata)
             self.entries = self._checked_entries(metadata)
+            self._sums = self._checked_sums(metadata)
         except BaseException:
             self.close()
             raise
@@ -251,9 +273,19 @@ class _File:
         return tensor in self.header.entries
 
     def read(self, tensor: str, shape: tuple[int, ...]) -> np.ndarray:
-        """float32, held to be finite."""
+        """float32, held to its sum and to be finite."""
         values = np.empty(shape, np.float32)
         pread_into(self._fd, values.data.cast("B"), self.header.entries[tensor].begin, self.path)
+        found = xxhash.xxh3_64_hexdigest(values.data)
+        if found != self._sums[tensor]:
+            raise FormatError(
+                self.path,
+                "damaged",
+                tensor=tensor,
+                expected=f"XXH3-64 {self._sums[tensor]}",
+                got=found,
+                remedy=_REMEDY,
+            )
         if not np.isfinite(values).all():
             raise FormatError(self.path, "NaN or infinity", tensor=tensor, remedy=_REMEDY)
         return values
@@ -269,6 +301,18 @@ class _File:
                 remedy=_REMEDY,
             )
         return int(text)
+
+    def _checked_sums(self, metadata: Mapping[str, str]) -> dict[str, str]:
+        text, width = metadata.get(f"{FORMAT}.xxh3", ""), _SUM_DIGITS
+        if len(text) != width * len(self.header.entries):
+            raise FormatError(
+                self.path,
+                f"{FORMAT}.xxh3",
+                expected=f"{width} digits for each of {len(self.header.entries)} tensors",
+                got=f"{len(text)} digits",
+                remedy=_REMEDY,
+            )
+        return {name: text[i * width : (i + 1) * width] for i, name in enumerate(self.header.entries)}
 
     def _checked_entries(self, metadata: Mapping[str, str]) -> dict[str, Any]:
         try:

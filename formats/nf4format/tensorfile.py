@@ -47,4 +47,9 @@ def begin_tensors(file: AtomicFile, plan: Header) -> None:
         WriteError: no room on the disk.
     """
     file.preallocate(plan.file_bytes)
+    write_header(file, plan)
+
+
+def write_header(file: AtomicFile, plan: Header) -> None:
+    """Write the header of a planned file, perhaps again with other metadata of the same length."""
     file.pwrite(encode_header(plan.metadata, plan.entries.values(), plan.data_start), 0)

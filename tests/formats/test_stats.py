@@ -69,6 +69,27 @@ def test_nothing_is_left_of_a_writer_that_fails(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_writer_that_was_not_given_all(tmp_path: Path) -> None:
+    entries = [EntrySpec("a", 4, {A: "s"}), EntrySpec("b", 4, {B: "t"})]
+    with (
+        pytest.raises(ValueError, match=r"never written: b\.diagonal"),
+        StatsWriter(tmp_path / "s", entries, {}, tokens=1, full=False) as writer,
+    ):
+        writer.put("a", np.ones(4, np.float32))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
+    path = write(tmp_path / "s.safetensors", data(50, 0))
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    with Stats([path]) as stats, pytest.raises(FormatError, match="damaged, expected XXH3-64"):
+        stats.weights[A].moment()
+    with Stats([path]) as stats:
+        stats.weights[A].diagonal()
+
+
 def test_files_of_different_models_are_refused(tmp_path: Path) -> None:
     paths = [write(tmp_path / "1", data(5, 1)), write(tmp_path / "2", data(5, 1), sha="other")]
     with pytest.raises(FormatError, match=r"another model than those of .*expected SHA-256 s, got other"):
@@ -82,6 +103,7 @@ def test_files_of_different_models_are_refused(tmp_path: Path) -> None:
         ({"nf4.stats.tokens": "0"}, "a number above 0"),
         ({"nf4.stats.tokens": "-5"}, "a number above 0"),
         ({"nf4.stats.tokens": "9" * 30}, "a number above 0"),
+        ({"nf4.stats.xxh3": "0" * 16}, "16 digits for each of 2 tensors, got 16 digits"),
         ({"nf4.stats.entries": "[]"}, "entries"),
         ({"nf4.stats.entries": '{"a":{"features":20}}'}, "entries"),
         ({"nf4.stats.entries": '{"a":{"features":true,"weights":{}}}'}, "entries"),
