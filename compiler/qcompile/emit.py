@@ -22,13 +22,13 @@ from nf4format.codebook import NESTED_MAP, NF4_LEVELS
 from nf4format.encode import Constants, Encoder
 from nf4format.files import pread_exactly
 from nf4format.layout import FILE_PREFIX, QUANT_STATE, quant_state_json
+from nf4format.tensor_reader import CHUNK_BYTES, Cancelled, TensorReader
 
 from .errors import CompileError
 from .plan import Plan
 from .policy import Decision
 from .quality import TensorError, decode_segment, measure, sampled_segments, to_float32
 from .scratch import Scratch
-from .source import CHUNK_BYTES, Cancelled, TensorReader
 
 Progress = Callable[[int, int], None]
 """Takes the bytes of the checkpoint just read and those to be read in all; called by one thread at a time."""
@@ -152,7 +152,9 @@ class _Emitter:
         buffer = getattr(self._local, "buffer", None)
         if buffer is None:
             buffer = self._local.buffer = bytearray(CHUNK_BYTES)
-        reader = TensorReader(self._checkpoint, decision.name, buffer, self.cancelled, self._advance)
+        reader = TensorReader(
+            self._checkpoint, decision.name, buffer=buffer, cancelled=self.cancelled, on_read=self._advance
+        )
         started = time.perf_counter()
         error, negative_scales = None, 0.0
         if decision.quantize:

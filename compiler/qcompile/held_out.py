@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import threading
-
 import numpy as np
 
 from nf4format.blocks import dequantize, quantize
 from nf4format.checkpoint import Checkpoint
 from nf4format.container import Nf4File
 from nf4format.stats import Stats
+from nf4format.tensor_reader import TensorReader
 
 from .feedback import output_error
 from .plan import Plan
 from .quality import to_float32
-from .source import CHUNK_BYTES, TensorReader
 from .summary import OutputError
 
 
@@ -33,9 +31,7 @@ def held_out_errors(
             continue
         if known.features != decision.shape[-1]:
             continue
-        reader = TensorReader(
-            checkpoint, decision.name, bytearray(CHUNK_BYTES), threading.Event(), lambda _: None
-        )
+        reader = TensorReader(checkpoint, decision.name)
         values = reader.read_values(0, reader.num_values)
         weight = to_float32(values, reader.dtype).reshape(decision.shape)
         moment = known.moment()

@@ -13,13 +13,13 @@ from nf4format.blocks import PackedTensor, dequantize
 from nf4format.checkpoint import Checkpoint
 from nf4format.codebook import BLOCK, NESTED_BLOCK, NESTED_MAP
 from nf4format.container import Nf4File
+from nf4format.tensor_reader import TensorReader
 
 from .emit import Emitted
 from .errors import CompileError
 from .plan import Plan
 from .policy import Decision
 from .quality import TensorError, all_segments, measure, to_float32
-from .source import CHUNK_BYTES, TensorReader
 
 # Farthest that a scale may be from its code, in nested scales.
 _SCALE_ERROR = max(float(np.diff(NESTED_MAP).max()) / 2, 1 + float(NESTED_MAP[0]))
@@ -83,11 +83,9 @@ class _Verifier:
     def check(self, decision: Decision) -> tuple[str, TensorError | None]:
         """Compare one tensor."""
         name = decision.name
-        reader = TensorReader(self._checkpoint, name, bytearray(CHUNK_BYTES), self.cancelled, lambda _: None)
+        reader = TensorReader(self._checkpoint, name, cancelled=self.cancelled)
         error = None
         if decision.quantize:
-            for _ in reader.byte_chunks():  # hashes the tensor
-                pass
             error = self._check_packed(name, reader)
         else:
             stored = self._packed_file.kept(name)[0].data

@@ -6,24 +6,22 @@ scales is in memory at a time.
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Iterator
 from typing import Final
 
 import numpy as np
 
 from .audit import Finding, stated_level
-from .blocks import ARRAY_DTYPES, Dtype, NonFinite, PackedTensor
-from .checkpoint import Checkpoint, source_hash
+from .blocks import NonFinite, PackedTensor
+from .checkpoint import Checkpoint, SourceTensor, source_hash
 from .codebook import BLOCK
 from .container import Nf4File
-from .dtypes import DTYPE_OF_SAFETENSORS, SAFETENSORS_NAME
-from .encode import ENCODERS, Encoder, Room
+from .dtypes import SAFETENSORS_NAME
+from .encode import ENCODERS, Encoder
 from .errors import FormatError
 from .sums import Progress
+from .tensor_reader import TensorReader
 
-_CHUNK_BYTES: Final = 2 << 20
 _MISSING: Final = "missing in the checkpoint"
 
 
@@ -51,11 +49,11 @@ def compare(
         if name not in checkpoint.tensors:
             yield Finding(name, _MISSING)
             continue
-        source = _Reader(checkpoint, name, progress)
+        source = TensorReader(checkpoint, name, on_read=progress)
         if name in packed_names:
-            other = _packed(file.packed(name), source, ENCODERS[level], threads)
+            other = _packed(file.packed(name), checkpoint.tensors[name], source, ENCODERS[level], threads)
         else:
-            other = _kept(file, name, source)
+            other = _kept(file, name, checkpoint.tensors[name], source)
         if other:
             yield Finding(name, other)
         hashes[name] = source.sha256()
@@ -63,7 +61,7 @@ def compare(
         if alias not in checkpoint.tensors:
             yield Finding(alias, _MISSING)
             continue
-        hashes[alias] = _Reader(checkpoint, alias, progress).sha256()
+        hashes[alias] = TensorReader(checkpoint, alias, on_read=progress).sha256()
         if hashes[alias] != hashes.get(stored):
             yield Finding(alias, f"tied to {stored!a}, whose bytes in the checkpoint are others")
     for name in checkpoint.tensors.keys() - hashes.keys():
@@ -87,43 +85,6 @@ def _files(file: Nf4File, checkpoint: Checkpoint) -> Iterator[Finding]:
             yield Finding(None, f"embedded file {name}: other than the checkpoint's")
 
 
-class _Reader:
-    """A tensor of the checkpoint in chunks; what encoders read from."""
-
-    def __init__(self, checkpoint: Checkpoint, name: str, progress: Progress | None) -> None:
-        self.tensor = checkpoint.tensors[name]
-        self.dtype: Dtype = DTYPE_OF_SAFETENSORS.get(self.tensor.dtype, "float32")
-        self._checkpoint, self._name, self._progress = checkpoint, name, progress
-        self.num_values = math.prod(self.tensor.shape)
-        self._hash, self._hashed = hashlib.sha256(), 0
-
-    def bytes(self) -> Iterator[tuple[int, memoryview]]:
-        """(offset, bytes), front to back; they are overwritten by the next step."""
-        buffer = bytearray(min(_CHUNK_BYTES, self.tensor.num_bytes))
-        for offset in range(0, self.tensor.num_bytes, _CHUNK_BYTES):
-            count = self._checkpoint.read_into(self._name, buffer, offset)
-            chunk = memoryview(buffer)[:count]
-            if offset == self._hashed:
-                self._hash.update(chunk)
-                self._hashed += count
-                if self._progress:
-                    self._progress(count)
-            yield offset, chunk
-
-    def chunks(self, room: Room | None = None) -> Iterator[tuple[int, np.ndarray]]:
-        """As `encode.TensorSource` has it; `room` stays unused."""
-        array_dtype = ARRAY_DTYPES[self.dtype]
-        for offset, chunk in self.bytes():
-            yield offset // array_dtype.itemsize, np.frombuffer(chunk, array_dtype)
-
-    def sha256(self) -> str:
-        """Of the tensor's bytes; what has not been read yet is read."""
-        if self._hashed != self.tensor.num_bytes:
-            for _ in self.bytes():
-                pass
-        return self._hash.hexdigest()
-
-
 class _Codes:
     """Takes an encoder's codes and compares them with a file's."""
 
@@ -141,9 +102,10 @@ class _Codes:
             self.first = start // BLOCK + int(other[0])
 
 
-def _packed(packed: PackedTensor, source: _Reader, encode: Encoder, threads: int) -> str | None:
+def _packed(
+    packed: PackedTensor, tensor: SourceTensor, source: TensorReader, encode: Encoder, threads: int
+) -> str | None:
     """What of a packed weight is another than its encoding now, or None."""
-    tensor = source.tensor
     stored = f"{SAFETENSORS_NAME[packed.dtype]} {list(packed.shape)}"
     if stored != f"{tensor.dtype} {list(tensor.shape)}":
         return f"made from {stored}, the checkpoint has {tensor.dtype} {list(tensor.shape)}"
@@ -169,12 +131,11 @@ def _packed(packed: PackedTensor, source: _Reader, encode: Encoder, threads: int
     return f"not what the checkpoint encodes to: {'; '.join(parts)}" if parts else None
 
 
-def _kept(file: Nf4File, name: str, source: _Reader) -> str | None:
+def _kept(file: Nf4File, name: str, tensor: SourceTensor, source: TensorReader) -> str | None:
     data, dtype, shape = file.kept(name)
-    tensor = source.tensor
     if (dtype, shape) != (tensor.dtype, tensor.shape):
         return f"{dtype} {list(shape)}, the checkpoint has {tensor.dtype} {list(tensor.shape)}"
-    for offset, chunk in source.bytes():
+    for offset, chunk in source.byte_chunks():
         if data[offset : offset + len(chunk)].data != chunk:
             return f"bytes {offset} to {offset + len(chunk)} of it differ from the checkpoint's"
     return None

@@ -28,7 +28,7 @@ from nf4format.blocks import Dtype
 from nf4format.codebook import NF4_LEVELS
 from nf4format.encode import ENCODERS, Encoder, Room
 from nf4format.encode_cuda import CudaEncoder
-from qcompile.source import CHUNK_BYTES
+from nf4format.tensor_reader import CHUNK_BYTES
 
 TENSOR_VALUES = 32 << 20
 LARGE_CHUNK = 8 << 20

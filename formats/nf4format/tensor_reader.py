@@ -1,4 +1,4 @@
-"""Reads one tensor of the checkpoint front to back, in chunks, and hashes it on the way."""
+"""Reads one tensor of a checkpoint front to back, in chunks, and hashes it on the way."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from nf4format.blocks import ARRAY_DTYPES, Dtype
-from nf4format.checkpoint import Checkpoint
-from nf4format.dtypes import DTYPE_OF_SAFETENSORS
-from nf4format.encode import Room
+from .blocks import ARRAY_DTYPES, Dtype
+from .checkpoint import Checkpoint
+from .dtypes import DTYPE_OF_SAFETENSORS
+from .encode import Room
 
 # Bytes read, hashed and encoded at a time: few enough to stay in the processor's cache between these steps,
 # enough for the interpreter's share to be small.
@@ -37,23 +37,25 @@ class TensorReader:
         self,
         checkpoint: Checkpoint,
         name: str,
-        buffer: bytearray,
-        cancelled: threading.Event,
-        on_read: Callable[[int], None],
+        *,
+        buffer: bytearray | None = None,
+        cancelled: threading.Event | None = None,
+        on_read: Callable[[int], None] | None = None,
     ) -> None:
         """Args:
-        buffer: room for one chunk, CHUNK_BYTES long, reused from tensor to tensor.
+        buffer: room for one chunk, to be reused from tensor to tensor; CHUNK_BYTES at most by default.
         cancelled: once set, the next chunk raises Cancelled.
         on_read: is told the size of every chunk read in the first pass.
         """
         tensor = checkpoint.tensors[name]
-        self.num_bytes = tensor.end - tensor.begin
+        self.num_bytes = tensor.num_bytes
         self.dtype: Dtype = DTYPE_OF_SAFETENSORS.get(tensor.dtype, "float32")
         self._array_dtype = ARRAY_DTYPES[self.dtype]
         self.num_values = (
             self.num_bytes // self._array_dtype.itemsize if tensor.dtype in DTYPE_OF_SAFETENSORS else 0
         )
-        self._checkpoint, self._name, self._buffer = checkpoint, name, buffer
+        self._checkpoint, self._name = checkpoint, name
+        self._buffer = bytearray(min(CHUNK_BYTES, self.num_bytes)) if buffer is None else buffer
         self._cancelled, self._on_read = cancelled, on_read
         self._hash = hashlib.sha256()
         self._hashed_bytes = 0
@@ -64,7 +66,7 @@ class TensorReader:
         """
         offset = 0
         while offset < self.num_bytes:
-            if self._cancelled.is_set():
+            if self._cancelled is not None and self._cancelled.is_set():
                 raise Cancelled
             place = room() if room else memoryview(self._buffer)
             chunk = place[: self.num_bytes - offset]
@@ -72,7 +74,8 @@ class TensorReader:
             if offset == self._hashed_bytes:  # an encoder may read a tensor more than once
                 self._hash.update(chunk)
                 self._hashed_bytes += len(chunk)
-                self._on_read(len(chunk))
+                if self._on_read is not None:
+                    self._on_read(len(chunk))
             yield offset, chunk
             offset += len(chunk)
 
@@ -88,7 +91,8 @@ class TensorReader:
         return values
 
     def sha256(self) -> str:
-        """Hash of the tensor's bytes, once all chunks were read."""
+        """Hash of the tensor's bytes; reads it, unless all chunks were read."""
         if self._hashed_bytes != self.num_bytes:
-            raise RuntimeError(f"'{self._name}': hashed {self._hashed_bytes} of {self.num_bytes} bytes")
+            for _ in self.byte_chunks():
+                pass
         return self._hash.hexdigest()
