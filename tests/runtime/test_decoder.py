@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from nf4.model.attention import attention_bias
 from nf4.model.cache import KVCache
 from nf4.model.config import ModelConfig
-from nf4.model.decoder import CausalLM, attention_bias
+from nf4.model.decoder import CausalLM
 
 CASES = {
     "llama": ("llama", {}),
@@ -110,11 +111,11 @@ def test_gradient_checkpointing_gives_the_same_gradients(pair, prompts):
     ids, mask = padded(prompts, "right")
     gradients = []
     for recompute in (False, True):
-        ours.gradient_checkpointing = recompute
+        ours.passes.gradient_checkpointing = recompute
         ours.zero_grad()
         ours(ids, attention_mask=mask)[mask.bool()].logsumexp(-1).sum().backward()
         gradients.append([p.grad.clone() for p in ours.parameters()])
-    ours.gradient_checkpointing = False
+    ours.passes.gradient_checkpointing = False
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,12 @@ from torch import Tensor, nn
 
 import nf4
 from nf4.lora import LoraConfig, add_lora
-from nf4.model import checkpoints, decoder, layer_step
+from nf4.model import checkpoints, layer_passes, layer_step
 from nf4.model.attention import Segments
-from nf4.model.decoder import CausalLM, DecoderLayer
+from nf4.model.decoder import CausalLM
+from nf4.model.layer import DecoderLayer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "llama": ("llama", {}, {}),
@@ -27,15 +30,6 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 TARGETS = ["all-linear", ("q_proj", "v_proj", "down_proj"), ("layers.1.mlp.up_proj",)]
 LENGTHS = [5, 1, 7, 20]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Models this small lose more to waiting threads than they gain, above all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=CASES)
@@ -55,12 +49,12 @@ def prepared(
         if name.endswith("lora_B"):
             changes = torch.randn(parameter.shape, generator=generator) * 0.1
             parameter.data += changes.to(device, parameter.dtype)
-    model.gradient_checkpointing = True
+    model.passes.gradient_checkpointing = True
     return model.train()
 
 
 def by_modules(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoder, "can_step", lambda layer: False)
+    monkeypatch.setattr(layer_passes, "can_step", lambda layer: False)
 
 
 def by_hand(monkeypatch: pytest.MonkeyPatch, keep: bool = False) -> None:
@@ -73,7 +67,7 @@ def by_hand(monkeypatch: pytest.MonkeyPatch, keep: bool = False) -> None:
         kept = None if keep else checkpoints.Checkpoints()
         return layer_step.stepped(x, made, layer_step.Context(*context), kept)
 
-    monkeypatch.setattr(decoder, "checkpoint", step)
+    monkeypatch.setattr(layer_passes, "checkpoint", step)
 
 
 def gradients(model: CausalLM, **inputs: Any) -> dict[str, Tensor]:
@@ -208,11 +202,11 @@ def test_fixed_pairs_and_bf16_adapters_on_a_gpu(
         by_modules(patch)
         expected = gradients(model, input_ids=tokens)
     assert largest_difference(gradients(model, input_ids=tokens), expected) < tolerance
-    model.capture_graphs = True
+    model.passes.capture_graphs = True
     for _ in range(4):
         model.zero_grad(set_to_none=False)
         assert largest_difference(kept_gradients(model, tokens), expected) < tolerance
-    assert model.model._graphs._recorded
+    assert model.passes.graphs._recorded
 
 
 @pytest.mark.cuda
@@ -234,7 +228,7 @@ def test_other_adapters_on_a_gpu_equal_the_cpu(
     results = []
     for device in ("cpu", "cuda"):
         model = prepared(path, device, "float32", settings=settings)
-        model.gradient_checkpointing = checkpointing
+        model.passes.gradient_checkpointing = checkpointing
         if settings.get("dropout"):
             model.eval()
         results.append(gradients(model, input_ids=ids(3, 50, device=device)))
@@ -285,12 +279,12 @@ def test_step_equals_autograd_on_a_gpu(
         with monkeypatch.context() as patch:
             by_modules(patch)
             expected = gradients(model, input_ids=ids(3, 50, device="cuda"))
-        model.gradient_checkpointing = False
+        model.passes.gradient_checkpointing = False
         assert largest_difference(gradients(model, input_ids=ids(3, 50, device="cuda")), expected) < tolerance
-        model.gradient_checkpointing = True
+        model.passes.gradient_checkpointing = True
         ours = gradients(model, input_ids=ids(3, 50, device="cuda"))
         assert largest_difference(ours, expected) < tolerance
-        model.offload_checkpoints = True
+        model.passes.offload_checkpoints = True
         for _ in range(2):
             offloaded = gradients(model, input_ids=ids(3, 50, device="cuda"))
             assert all(torch.equal(offloaded[name], ours[name]) for name in ours)
@@ -306,19 +300,19 @@ def test_packed_documents_on_a_gpu(packed: Path, dtype: str, tolerance: float) -
 @pytest.mark.parametrize("keep", [False, True])
 def test_replayed_passes_equal_the_layers_one_by_one(packed: Path, keep: bool) -> None:
     model = prepared(packed, "cuda", "bfloat16")
-    model.gradient_checkpointing = not keep
+    model.passes.gradient_checkpointing = not keep
     model(ids(1, 8, device="cuda")).sum().backward()  # gradients exist
     if model.config.layer_windows != (None,) * len(model.config.layer_windows):
         return  # masks are not recorded
     shapes = [(2, 40), (1, 24)]
     batches = [torch.randint(3, 320, shape).cuda() for shape in shapes for _ in range(2)]
     expected = [gradients(model, input_ids=batch) for batch in batches]
-    model.capture_graphs = True
+    model.passes.capture_graphs = True
     for _ in range(3):
         for batch, wanted in zip(batches, expected, strict=True):
             model.zero_grad(set_to_none=False)
             assert largest_difference(kept_gradients(model, batch), wanted) < 2e-2
-    assert len(model.model._graphs._recorded) == len(shapes)
+    assert len(model.passes.graphs._recorded) == len(shapes)
 
     # Accumulation, a second pass before the first goes backward, a pass that never does, gradients elsewhere.
     model.zero_grad(set_to_none=False)
@@ -330,28 +324,29 @@ def test_replayed_passes_equal_the_layers_one_by_one(packed: Path, keep: bool) -
     with pytest.raises(RuntimeError, match=r"backward|a second time"):
         first.backward()
     both = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.capture_graphs = False
+    model.passes.capture_graphs = False
     model.zero_grad()
     for batch in batches[:2]:
         model(batch).float().square().sum().backward()
     alone = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     assert largest_difference(both, alone) < 2e-2
-    model.capture_graphs = True
+    model.passes.capture_graphs = True
     assert largest_difference(gradients(model, input_ids=batches[0]), expected[0]) < 2e-2
 
 
 def test_what_holds_addresses_goes_when_layers_move_or_change(make_packed: Callable[..., Path]) -> None:
     """Steps and graphs know weights by address."""
     inner = prepared(make_packed("llama"), "cpu", "float32").model
-    layer, graphs = inner.layers[0], inner._graphs
-    step = inner._step(0, layer)
-    assert inner._step(0, layer) is step
-    assert inner._graphs is graphs
+    layer, passes = inner.layers[0], inner.passes
+    graphs = passes.graphs
+    step = passes._step(0, layer)
+    assert passes._step(0, layer) is step
+    assert passes.graphs is graphs
     inner.to("cpu")
-    assert inner._step(0, layer) is not step
-    assert inner._graphs is not graphs
-    step, graphs = inner._step(0, layer), inner._graphs
+    assert passes._step(0, layer) is not step
+    assert passes.graphs is not graphs
+    step, graphs = passes._step(0, layer), passes.graphs
     assert isinstance(layer, DecoderLayer)
     layer.self_attn.q_proj = copy.deepcopy(layer.self_attn.q_proj)
-    assert inner._step(0, layer) is not step
-    assert inner._graphs is not graphs
+    assert passes._step(0, layer) is not step
+    assert passes.graphs is not graphs

@@ -138,7 +138,7 @@ def largest_difference(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> 
 def test_arrangements_agree_in_float64(make_model: Callable[..., CausalLM], checkpointing: bool) -> None:
     model = make_model(torch.float64)
     expected_loss, expected = by_hand(model)
-    model.gradient_checkpointing = checkpointing
+    model.passes.gradient_checkpointing = checkpointing
     assert sum(batch.num_tokens for batch in steps("best-fit", 4, 1)) == sum(LENGTHS)
     for name, batches in arrangements().items():
         loss, gradients = by_step(model, batches)
@@ -158,14 +158,14 @@ def test_arrangements_agree_on_a_gpu(
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)  # recorded passes add to what is there
     for checkpointing in (False, True):
-        model.gradient_checkpointing = checkpointing
-        model.capture_graphs = True
+        model.passes.gradient_checkpointing = checkpointing
+        model.passes.capture_graphs = True
         for name, batches in arrangements().items():
             for _ in range(4):
                 loss, gradients = by_step(model, batches)
                 assert loss == pytest.approx(expected_loss, rel=tolerance), name
                 assert largest_difference(gradients, expected) < tolerance, name
-        model.capture_graphs = False
+        model.passes.capture_graphs = False
 
 
 @pytest.mark.cuda
@@ -197,7 +197,7 @@ def test_a_changed_example_leaves_the_others_of_its_row_as_they_are(
     changed[3] = Example((everything[3].ids + 1) % 320, everything[3].labelled)
 
     def hidden(made: list[Example], checkpointing: bool) -> list[Tensor]:
-        model.gradient_checkpointing = checkpointing
+        model.passes.gradient_checkpointing = checkpointing
         batch = pack_batch(made).to(model.device)
         states = model.hidden_states(batch.input_ids, segments=batch.segments)
         return list(model.head(states)[0].detach().split(LENGTHS))

@@ -518,7 +518,7 @@ def test_stops_on_a_gpu_change_no_byte(
 
     def run(which: TrainOptions) -> Any:
         model = nf4.load(packed, device="cuda", dtype="bfloat16")
-        graphs = model.model.graphs
+        graphs = model.passes.graphs
         summary = train(model, ByteTokenizer(), which)
         recorded.append(len(graphs._recorded))
         return summary

@@ -196,7 +196,7 @@ def test_checkpointing_changes_nothing(
         run = changed(options, out=tmp_path / name, **({} if name == "plain" else {name: True}))
         model = make_model()
         train(model, TOKENIZER, run)
-        assert not (model.gradient_checkpointing or model.offload_checkpoints)
+        assert not (model.passes.gradient_checkpointing or model.passes.offload_checkpoints)
         adapters.add((run.out / "adapter_model.safetensors").read_bytes())
     assert len(adapters) == 1
 

@@ -36,7 +36,7 @@ def make_adapter(packed: Path, out: Path) -> None:
 
 
 def ours(packed: Path, adapter: Path, rate: float = RATE, **switches: Any) -> Step:
-    """`nf4.training.train.train_step` on the packed file; `switches` are set on the model."""
+    """`nf4.training.train.train_step` on the packed file; `switches` are those of its `LayerPasses`."""
     import nf4
     from nf4.data.batches import IGNORED, Batch
     from nf4.paging.optim import PagedAdamW
@@ -51,7 +51,7 @@ def ours(packed: Path, adapter: Path, rate: float = RATE, **switches: Any) -> St
         if "lora_" in name:
             parameters.append(parameter.requires_grad_(True))
     for name, value in ({"gradient_checkpointing": True, "capture_graphs": True} | switches).items():
-        setattr(model, name, value)
+        setattr(model.passes, name, value)
     model.train()
     optimizer = PagedAdamW(parameters, lr=rate, weight_decay=0.0)
     taken = 0

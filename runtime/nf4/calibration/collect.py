@@ -26,7 +26,10 @@ from torch.func import functional_call
 from nf4format.atomic import write_error
 from nf4format.stats import EntrySpec, StatsWriter
 
-from ..model.decoder import CausalLM, DecoderLayer, attention_bias
+from ..model.attention import attention_bias
+from ..model.decoder import CausalLM
+from ..model.layer import DecoderLayer
+from ..model.rotary import rotary_table
 
 BATCH_TOKENS = 4096  # in flight: enough rows for matrix products, little memory
 
@@ -197,10 +200,8 @@ class _Stream:
         model, (count, length), device = self._model, self._windows.shape, self._device
         decoder = model.model
         self._hidden = self._room(count, length, model.config.hidden_size)
-        angles = torch.arange(length, device=device)[None, :, None].float() * decoder.frequencies.to(device)
-        self._angles = tuple(
-            torch.cat((part,) * 2, dim=-1).to(model.dtype) for part in (angles.cos(), angles.sin())
-        )
+        positions = torch.arange(length, device=device)[None]
+        self._angles = rotary_table(positions, decoder.frequencies.to(device), model.dtype)
         self._seen = {
             window: attention_bias(None, 0, length, window, device) for window in set(decoder.layer_windows)
         }

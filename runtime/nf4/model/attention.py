@@ -64,12 +64,6 @@ class Segments:
 Seen: TypeAlias = Tensor | Segments | None
 
 
-def rotate(x_BNTD: Tensor, cos_BTD: Tensor, sin_BTD: Tensor) -> Tensor:
-    """Rotary position embedding of heads; pairs are (d, d + D/2), as in Hugging Face checkpoints."""
-    first, second = x_BNTD.chunk(2, dim=-1)
-    return x_BNTD * cos_BTD[:, None] + torch.cat((-second, first), dim=-1) * sin_BTD[:, None]
-
-
 def attend(q_BNTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, seen: Seen) -> Tensor:
     """[B, N, T, D]. Without a mask or segments: causal, or one query that sees all keys."""
     if isinstance(seen, Segments):
@@ -80,6 +74,35 @@ def attend(q_BNTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, seen: Seen) -> Tensor
     return F.scaled_dot_product_attention(
         q_BNTD, k_BGSD, v_BGSD, attn_mask=seen, is_causal=is_causal, enable_gqa=is_grouped
     )
+
+
+def attention_bias(
+    attention_mask: Tensor | None, past: int, new: int, window: int | None, device: torch.device
+) -> Tensor | None:
+    """Which keys each query sees, bool [B or 1, 1, T, S], or None where plain causal attention does.
+
+    None, where no window or padding is in force, means: the queries are all the tokens there are (causal), or
+    one query sees all keys. Padding on the right alone needs no mask, as no real token looks to its right;
+    what padding rows then compute is never used.
+    """
+    total = past + new
+    if window is not None and total <= window:
+        window = None
+    if attention_mask is not None:
+        is_right_padded = past == 0 and bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all())
+        if is_right_padded or bool(attention_mask.all()):
+            attention_mask = None
+    if attention_mask is None and window is None and (past == 0 or new == 1):
+        return None
+    query = torch.arange(past, total, device=device)[:, None]
+    key = torch.arange(total, device=device)[None, :]
+    seen = key <= query
+    if window is not None:
+        seen &= key > query - window
+    if attention_mask is None:
+        return seen[None, None]
+    # A padding row would see nothing and come out as NaN: it sees itself.
+    return ((seen & attention_mask.bool()[:, None, :]) | (key == query))[:, None]
 
 
 def takes_segments(x: Tensor, head_size: int) -> bool:

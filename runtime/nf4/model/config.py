@@ -28,7 +28,7 @@ _REMEDY = "it is not the config.json of a model that this version runs; compile 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3.1's scaling of rotary frequencies (`rope_type` "llama3"); see `decoder.rotary_frequencies`."""
+    """Llama 3.1's scaling of rotary frequencies (`rope_type` "llama3"); see `rotary.rotary_frequencies`."""
 
     factor: float
     low_freq_factor: float

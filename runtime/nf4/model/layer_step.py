@@ -22,13 +22,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..ops import fused
-from .attention import Seen, attend, rotate
+from .attention import Seen, attend
 from .checkpoints import Checkpoints
 from .norm import RMSNorm
+from .rotary import rotate
 from .shared_input import SharedInput, can_share
 
 if TYPE_CHECKING:
-    from .decoder import DecoderLayer
+    from .layer import DecoderLayer
 
 ROWS = 2048  # of an MLP block: enough for full matrix products, little beside the weights
 

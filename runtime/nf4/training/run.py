@@ -100,7 +100,7 @@ class Run:
                 self.say(f"beginning a new log: {error}")
         restore(checkpoint, self.model, self.optimizer)
         try:
-            self.model.model.graphs.follow(state.passes)
+            self.model.passes.graphs.follow(state.passes)
         except (KeyError, TypeError, ValueError) as error:
             raise TrainError(checkpoint.path, f"not the state of a run: {error}") from None
         summary.steps, summary.tokens, summary.seconds = state.step, state.tokens, state.seconds
@@ -255,7 +255,7 @@ class Run:
             evaluations=dict(summary.evaluations),
             log=self.log.position(),
             timing=self.timing.position(),
-            passes=self.model.model.graphs.history(),
+            passes=self.model.passes.graphs.history(),
         )
         folder = self.options.checkpoints_path
         write_checkpoint(folder, self.model, self.optimizer, self.state)

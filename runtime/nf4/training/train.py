@@ -213,8 +213,9 @@ def _check_fit(model: CausalLM, options: TrainOptions, *datasets: Dataset | None
 
 def _set_up(model: CausalLM, options: TrainOptions | None) -> None:
     """How layers go through training; None: as they were before it."""
-    model.offload_checkpoints = options is not None and options.offload_checkpoints
-    model.gradient_checkpointing = options is not None and (
+    passes = model.passes
+    passes.offload_checkpoints = options is not None and options.offload_checkpoints
+    passes.gradient_checkpointing = options is not None and (
         options.checkpointing or options.offload_checkpoints
     )
-    model.capture_graphs = options is not None
+    passes.capture_graphs = options is not None
