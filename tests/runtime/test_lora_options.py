@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from nf4.model.linear import NF4Embedding, NF4Linear
 from nf4.training.loss import backward_loss, labelled_positions
 from qcompile.options import CompileOptions
 from qcompile.pipeline import compile_checkpoint
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 IDS = torch.tensor([[1, 17, 33, 250, 4, 9, 77], [5, 6, 7, 8, 9, 10, 11]])
 PATTERNS = {"ranks": {"q_proj": 2, "layers.1.mlp.*": 5}, "alphas": {"v_proj": 3.5}}
@@ -57,14 +59,6 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "gaussian": ({"init": "gaussian"}, {"init_lora_weights": "gaussian"}),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

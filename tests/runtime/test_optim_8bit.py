@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,17 +18,10 @@ from nf4.paging.blockwise import BLOCK, DynamicMap, signed_map, unsigned_map
 from nf4.paging.layout import LEAST_8BIT, UNIT_BYTES, StateLayout, page_elements
 from nf4.paging.optim import PagedAdamW
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SHAPES = [(7, 3), (64, 64), (4095,), (129, 65), (100, 401), (4097,)]  # two of them keep 32 bits
 SETTINGS: dict[str, Any] = {"lr": 3e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tensors this small lose more to waiting threads than they gain, above all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def make_parameters(dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[torch.nn.Parameter]:
