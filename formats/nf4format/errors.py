@@ -57,6 +57,10 @@ class WriteError(Nf4Error):
     """An output cannot be written: path, permissions, space."""
 
 
+class TakenError(WriteError):
+    """Another process is writing the same output."""
+
+
 def printable(text: str) -> str:
     """A text from a stranger, safe for a terminal: what is not printable is escaped, as in literals."""
     if text.isprintable():

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Final, NoReturn
 
 from .atomic import NEW_FILE, AtomicFile, hidden_beside, surely
-from .errors import WriteError
+from .errors import TakenError, WriteError
 
 _PARTIAL: Final = ".partial"
 JOURNAL_SUFFIX: Final = ".journal"
@@ -37,7 +37,8 @@ class ResumableFile(AtomicFile):
         keep: whether the temporary file stays when the block ends by an exception. Settable.
 
     Raises:
-        WriteError: as AtomicFile; another run is writing the same output.
+        WriteError: as AtomicFile.
+        TakenError: another run is writing the same output.
     """
 
     def __init__(
@@ -128,8 +129,9 @@ class ResumableFile(AtomicFile):
         """Lock the file; False where the file system has no locks."""
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._refuse_other("another run is writing it", "wait for its end, or choose another name")
+        except BlockingIOError as error:
+            remedy = "wait for its end, or choose another name"
+            raise TakenError(self.path, "another run is writing it", remedy=remedy) from error
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
@@ -164,6 +166,23 @@ def partial_path(path: Path) -> Path:
     # Long names that begin alike must not share it.
     short = os.fsdecode(name[:_LONGEST_STEM])
     return hidden_beside(path.with_name(short), f".{hashlib.sha256(name).hexdigest()[:8]}{_PARTIAL}")
+
+
+def remove_abandoned(partial: Path) -> None:
+    """Remove what lies at `partial_path` of an output, and its journal, unless a run is writing it."""
+    try:
+        fd = os.open(partial, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if _is_ours(fd) and _is_at(fd, partial):
+            partial.with_name(partial.name + JOURNAL_SUFFIX).unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
+    except OSError:
+        pass  # it is being written, or nothing tells whether it is
+    finally:
+        os.close(fd)
 
 
 def _is_at(fd: int, path: Path) -> bool:

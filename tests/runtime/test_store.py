@@ -6,8 +6,6 @@ import json
 import os
 import random
 import struct
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -17,13 +15,9 @@ import pytest
 
 from nf4.data import store as store_module
 from nf4.data.dataset import Example, FileReport
-from nf4.data.options import DataOptions
-from nf4.data.reading import cache_directory, load_dataset, load_sources
-from nf4.data.store import StoreWriter, TokenStore, open_store
+from nf4.data.store import StoreWriter, open_store
 from nf4.errors import TrainError
-from nf4.text.tokenizer import Tokenizer
 from nf4format.atomic import AtomicFile
-from nf4format.errors import WriteError
 from nf4format.sums import xxh3
 
 REPORT = FileReport("a.jsonl", 7, 5, 1, 2, 100, 50, ("a note",))
@@ -187,147 +181,3 @@ def test_links_and_other_things_are_no_store(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     for name in ("link", "fifo", "absent", "."):
         assert open_store(tmp_path / name, "key", 50) is None
-
-
-@pytest.fixture
-def tokenizer(tokenizer_json: bytes) -> Tokenizer:
-    return Tokenizer(tokenizer_json, tokenizer_config={"bos_token": "<s>", "eos_token": "</s>"})
-
-
-@pytest.fixture
-def rows(tmp_path: Path) -> Path:
-    path = tmp_path / "rows.jsonl"
-    lines = [json.dumps({"prompt": "the cat " * (i % 5), "completion": f" sat {i}"}) for i in range(50)]
-    path.write_text("\n".join(lines))
-    return path
-
-
-def same(one: object, other: object) -> bool:
-    pairs = list(zip(one, other, strict=True))  # type: ignore[call-overload]
-    return all((a.ids == b.ids).all() and (a.labelled == b.labelled).all() for a, b in pairs)
-
-
-def test_the_second_run_finds_what_the_first_made(
-    rows: Path, tokenizer: Tokenizer, tokenizer_json: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cache = tmp_path / "cache"
-    options = DataOptions(seq_len=64, cache=cache)
-    first = load_dataset([rows], tokenizer, options)
-    (kept,) = cache.iterdir()
-    assert kept.stat().st_mode & 0o777 & ~0o644 == 0
-    assert cache.stat().st_mode & 0o077 == 0
-    stamp = kept.stat().st_mtime_ns
-    made: list[Path] = []
-    making = store_module.StoreWriter.finish
-    monkeypatch.setattr(StoreWriter, "finish", lambda self, *a: (made.append(rows), making(self, *a)))
-
-    copy = rows.with_name("copy.jsonl")
-    copy.write_bytes(rows.read_bytes())
-    again = load_dataset([copy], tokenizer, options)
-    assert same(first, again)
-    assert again.report.files[0].path == str(copy)
-    assert not made
-    assert kept.stat().st_mtime_ns == stamp
-
-    for changed in (
-        DataOptions(seq_len=32, cache=cache),
-        DataOptions(seq_len=64, cache=cache, loss="all"),
-        DataOptions(seq_len=64, cache=cache, columns={"text": "completion"}),
-        DataOptions(seq_len=64, cache=cache, template="plain"),
-    ):
-        load_dataset([rows], tokenizer, changed)
-    assert len(made) == 4
-    other = Tokenizer(tokenizer_json, tokenizer_config={"bos_token": None, "eos_token": "</s>"})
-    load_dataset([rows], other, options)
-    copy.write_text(copy.read_text() + "\n")
-    load_dataset([copy], tokenizer, options)
-    assert len(made) == 6
-
-    kept.write_bytes(kept.read_bytes()[:-1])
-    assert same(load_dataset([rows], tokenizer, options), first)
-    assert len(made) == 7
-    assert open_store(kept, kept.stem, 64) is not None
-
-
-def test_without_a_cache_nothing_is_left(
-    rows: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    temporary = tmp_path / "tmp"
-    temporary.mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(temporary))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    dataset = load_dataset([rows], tokenizer, DataOptions(seq_len=64, cache="none"))
-    assert not list(temporary.iterdir())
-    assert not (tmp_path / "home").exists()
-    assert same(dataset, load_dataset([rows], tokenizer, DataOptions(seq_len=64)))
-    assert len(list((tmp_path / "home" / "nf4").iterdir())) == 1
-    assert cache_directory("none") is None
-
-
-def test_a_failed_run_leaves_no_store(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    good = json.dumps({"text": "the cat sat"}) + "\n"
-    path.write_text(good * 9000 + "oops")
-    with pytest.raises(TrainError, match=r"rows.jsonl:9001: not JSON"):
-        load_dataset([path], tokenizer, DataOptions(seq_len=64, cache=tmp_path / "cache"))
-    assert not list((tmp_path / "cache").iterdir())
-
-
-def test_a_cache_that_cannot_be_written_is_told(rows: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(
-        TrainError, match=r"the cache cannot be made: .*; name another directory with --cache, or"
-    ):
-        load_dataset([rows], tokenizer, DataOptions(seq_len=64, cache=tmp_path / "file" / "cache"))
-    cache = tmp_path / "cache"
-    dataset = load_dataset([rows], tokenizer, DataOptions(seq_len=64, cache=cache))
-    (kept,) = cache.iterdir()
-    kept.unlink()
-    kept.mkdir()
-    with pytest.raises(WriteError, match="is a directory"):
-        load_dataset([rows], tokenizer, DataOptions(seq_len=64, cache=cache))
-    assert len(dataset[49].ids) > 2  # mapped: it outlives its name
-
-
-def test_two_processes_at_once(rows: Path, tokenizer_json: bytes, tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.json").write_bytes(tokenizer_json)
-    code = """
-import sys
-from pathlib import Path
-from nf4.data.options import DataOptions
-from nf4.data.reading import load_dataset
-from nf4.text.tokenizer import Tokenizer
-folder = Path(sys.argv[1])
-config = {"bos_token": "<s>", "eos_token": "</s>"}
-tokenizer = Tokenizer((folder / "tokenizer.json").read_bytes(), tokenizer_config=config)
-dataset = load_dataset([folder / "rows.jsonl"], tokenizer, DataOptions(seq_len=64, cache=folder / "cache"))
-print(sum(int(example.ids.sum()) for example in dataset))
-"""
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    running = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(3)]
-    sums = {process.communicate()[0] for process in running}
-    assert len(sums) == 1
-    assert all(process.returncode == 0 for process in running)
-    assert len(list((tmp_path / "cache").iterdir())) == 1
-
-
-def test_parts_have_weights_and_directories_are_one_part(rows: Path, tokenizer: Tokenizer) -> None:
-    folder = rows.parent / "folder"
-    (folder / "sub").mkdir(parents=True)
-    (folder / "b.txt").write_text("the dog and the frog " * 30)
-    (folder / "sub" / "a.jsonl").write_text('{"text": "the cat"}\n')
-    (folder / "empty.txt").write_text("")
-    options = DataOptions(seq_len=16)
-    first, second = load_sources([(rows, 2.0), (folder, 0.5)], tokenizer, options)
-    assert (first.weight, second.weight) == (2.0, 0.5)
-    assert isinstance(first.dataset, TokenStore)
-    names = [Path(file.path).name for file in second.dataset.report.files]
-    assert names == ["b.txt", "a.jsonl"]
-    assert second.dataset.place(len(second.dataset) - 1).endswith("a.jsonl, example 1")
-    parts = [load_dataset([folder / name], tokenizer, options) for name in ("b.txt", "sub/a.jsonl")]
-    assert same(second.dataset, [example for part in parts for example in part])
-    assert second.dataset.max_token_id == max(part.max_token_id for part in parts)
-    for name in ("b.txt", "sub/a.jsonl"):
-        (folder / name).write_text("")
-    with pytest.raises(TrainError, match="every file in the directory is empty"):
-        load_dataset([folder], tokenizer, options)

@@ -42,16 +42,16 @@ def values_of(arguments: list[str]) -> dict[str, Any]:
 
 EVERYTHING = [
     "m.nf4", "--data", "a.jsonl", "--data", "b=c.txt=0.5", "--out", "o", "--eval-data", "e.txt", "--loss",
-    "all", "--map", "prompt=frage", "--map", "completion=antwort", "--chat-template", "chatml",
-    "--no-chat", "--system", 'a "quoted"\nline\x7f', "--cache", "none", "--workers", "2", "--seq-len",
-    "64", "--batch", "2", "--accumulate", "3", "--packing", "best-fit", "--steps", "7", "--seed", "5",
-    "--rank", "4", "--alpha", "8.5", "--target", "q_proj", "--target", "mlp.*", "--rank-of", "mlp.*=8",
-    "--alpha-of", "q_proj=3.5", "--rslora", "--bias", "lora_only", "--lora-bias", "--modules-to-save",
-    "lm_head", "--init", "olora", "--lr", "3e-05", "--schedule", "linear", "--min-lr-ratio", "0.1",
-    "--warmup-ratio", "0.25", "--lora-plus-ratio", "16", "--betas", "0.8", "0.95", "--state-bits", "8",
-    "--eval-every", "3", "--patience", "2", "--min-delta", "0.01", "--save-every", "9", "--keep", "0",
-    "--checkpointing", "--page-budget", "64M", "--page-store", "memory", "--log", "l.jsonl", "--plot",
-    "--tensorboard", "tb", "--wandb", "p",
+    "all", "--map", "prompt=frage", "--map", "completion=antwort", "--chat-template", "chatml", "--no-chat",
+    "--system", 'a "quoted"\nline\x7f', "--cache", "none", "--cache-size", "3G", "--workers", "2",
+    "--seq-len", "64", "--batch", "2", "--accumulate", "3", "--packing", "best-fit", "--steps", "7",
+    "--seed", "5", "--rank", "4", "--alpha", "8.5", "--target", "q_proj", "--target", "mlp.*", "--rank-of",
+    "mlp.*=8", "--alpha-of", "q_proj=3.5", "--rslora", "--bias", "lora_only", "--lora-bias",
+    "--modules-to-save", "lm_head", "--init", "olora", "--lr", "3e-05", "--schedule", "linear",
+    "--min-lr-ratio", "0.1", "--warmup-ratio", "0.25", "--lora-plus-ratio", "16", "--betas", "0.8", "0.95",
+    "--state-bits", "8", "--eval-every", "3", "--patience", "2", "--min-delta", "0.01", "--save-every", "9",
+    "--keep", "0", "--checkpointing", "--page-budget", "64M", "--page-store", "memory", "--log", "l.jsonl",
+    "--plot", "--tensorboard", "tb", "--wandb", "p",
 ]  # fmt: skip
 
 

@@ -70,6 +70,8 @@ SECTIONS: Final[dict[str, tuple[Option, ...]]] = {
         Option("date", "data_options.date", click.STRING, "Today's date, as templates are told it."),
         Option("cache", "data_options.cache", click.STRING,
                "Directory for tokenized data, or none.  [default: ~/.cache/nf4]"),
+        Option("cache-size", "data_options.cache_bytes", ByteSize(),
+               "The most that this directory keeps; what was used longest ago goes.  [default: 16G]"),
         Option("workers", "data_options.workers", click.INT, "Threads that tokenize.  [default: all cores]"),
         Option("seq-len", "seq_len", click.INT, "The most tokens in an example, or in a packed row."),
         Option("show-example", "", click.INT,

@@ -30,6 +30,7 @@ class DataOptions:
             same data are the same tokens tomorrow.
         cache: directory for tokenized data; None takes $XDG_CACHE_HOME/nf4 or ~/.cache/nf4, "none" a
             temporary file.
+        cache_bytes: the most that this directory keeps; what was used longest ago goes first.
         workers: threads that tokenize; None takes all cores. Decided by the first use in a process.
     """
 
@@ -41,13 +42,15 @@ class DataOptions:
     system: str | None = None
     date: str = "2024-07-26"
     cache: str | Path | None = None
+    cache_bytes: int = 16 << 30
     workers: int | None = None
 
     def check(self) -> None:
         """Refuse what cannot be meant.
 
         Raises:
-            TrainError: a sequence length below 2, an unknown kind of loss or field, a bad date, no worker.
+            TrainError: a sequence length below 2, an unknown kind of loss or field, a bad date, no worker,
+                a cache of no size.
         """
         from datetime import date
 
@@ -65,5 +68,7 @@ class DataOptions:
             date.fromisoformat(self.date)
         except ValueError:
             raise TrainError("", "date for templates", expected="YYYY-MM-DD", got=ascii(self.date)) from None
+        if self.cache_bytes < 1:
+            raise TrainError("", "size of the cache", expected="at least 1 byte", got=self.cache_bytes)
         if self.workers is not None and self.workers < 1:
             raise TrainError("", "workers", expected="at least 1", got=self.workers)

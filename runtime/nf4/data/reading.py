@@ -18,24 +18,26 @@ import os
 import tempfile
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import NamedTuple, TypeVar, cast
 
 from tqdm import tqdm
 
 from nf4format.atomic import AtomicFile
+from nf4format.errors import TakenError
 
 from ..errors import TrainError
 from .dataset import Concatenation, Dataset, FileReport, Source
 from .documents import read_documents
 from .encode import RowEncoder, TextEncoder, Windows, encode_pieces
 from .files import DataFile, find_files
-from .options import NO_CACHE, DataOptions
+from .options import DataOptions
 from .rows import read_rows
 from .schema import FIELDS, Chat, Sample, Schema
 from .store import VERSION, StoreWriter, TokenStore, open_store
 from .template import Template, find_template
+from .token_cache import TokenCache, find_cache
 
 # Characters encoded at once: enough for all cores, some 100 MB of encodings.
 _BATCH_CHARS = 1 << 20
@@ -74,59 +76,41 @@ def load_dataset(
     options.check()
     if options.workers is not None:
         os.environ["RAYON_NUM_THREADS"] = str(options.workers)
-    template = find_template(options.template, tokenizer.chat_templates)
+    how = _Encoding(tokenizer, options, find_template(options.template, tokenizer.chat_templates))
+    cache = None if tokenizer.fingerprint is None else find_cache(options)
+    if cache is not None:
+        cache.remove_abandoned()
     stores = []
     for path in map(Path, paths):
         # Empty files of a directory are left out; a file that was named must hold something.
         files = [file for file in find_files(path) if file == path or file.stat().st_size]
         if not files:
             raise TrainError(path, "every file in the directory is empty")
-        stores += [_load_file(file, tokenizer, options, template, progress) for file in files]
+        stores += [_load_file(file, how, cache, progress) for file in files]
+    if cache is not None:
+        cache.evict()
     return stores[0] if len(stores) == 1 else Concatenation(stores)
 
 
-def cache_directory(cache: str | Path | None) -> Path | None:
-    """Where tokenized data is kept; None: nowhere.
-
-    Raises:
-        TrainError: the directory cannot be made.
-    """
-    if cache is not None and str(cache) == NO_CACHE:
-        return None
-    folder = Path(cache or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "nf4")).expanduser()
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise TrainError(
-            folder,
-            f"the cache cannot be made: {(error.strerror or str(error)).lower()}",
-            remedy="name another directory with --cache, or none",
-        ) from error
-    return folder
-
-
-def _load_file(
-    path: Path, tokenizer: TextEncoder, options: DataOptions, template: Template | None, progress: bool
-) -> Dataset:
-    folder = None if tokenizer.fingerprint is None else cache_directory(options.cache)
+def _load_file(path: Path, how: _Encoding, cache: TokenCache | None, progress: bool) -> Dataset:
     bar = tqdm(desc=f"tokenizing {path.name}", unit="B", unit_scale=True, disable=not progress, leave=False)
     with bar, DataFile(path, bar.update) as file:
         bar.total = file.size
-        key = _key(file, tokenizer, options, template)
-        place = None if folder is None else folder / f"{key}.tokens"
-        if place is not None and (known := open_store(place, key, options.seq_len)) is not None:
+        key = _key(file, how)
+        if cache is not None and (known := cache.find(key, how.options.seq_len)) is not None:
             return known.with_path(path)
         bar.reset(file.size)
-        encode = _Encoding(tokenizer, options, template)
-        if place is not None:
-            return _make_store(place, key, file, encode)
+        if cache is not None:
+            with suppress(TakenError):  # another process is at the same; not waited for
+                return _make_store(cache.new(key), key, file, how)
         # Mapped and without a name: gone with the last who uses it.
         with tempfile.TemporaryDirectory(prefix="nf4-") as temporary:
-            return _make_store(Path(temporary, "tokens"), key, file, encode)
+            return _make_store(AtomicFile(Path(temporary, "tokens")), key, file, how)
 
 
-def _key(file: DataFile, tokenizer: TextEncoder, options: DataOptions, template: Template | None) -> str:
+def _key(file: DataFile, how: _Encoding) -> str:
     """Of everything that decides the examples of a file."""
+    tokenizer, options, template = how
     parts = {
         "version": VERSION,
         "content": file.content_sum(),
@@ -148,8 +132,8 @@ class _Encoding(NamedTuple):
     template: Template | None
 
 
-def _make_store(place: Path, key: str, file: DataFile, how: _Encoding) -> TokenStore:
-    with AtomicFile(place) as output:
+def _make_store(output: AtomicFile, key: str, file: DataFile, how: _Encoding) -> TokenStore:
+    with output:
         writer = StoreWriter(output, wide=how.tokenizer.max_id >= 1 << 16)
         tokenize = _tokenize_text if file.kind == "text" else _tokenize_rows
         counts = tokenize(file, how, writer)
@@ -165,9 +149,10 @@ def _make_store(place: Path, key: str, file: DataFile, how: _Encoding) -> TokenS
             counts.notes,
         )
         writer.finish(key, report)
-    store = open_store(place, key, how.options.seq_len)
+    store = open_store(output.path, key, how.options.seq_len)
     if store is None:
-        raise TrainError(place, "tokenized data was damaged right after writing", remedy="check the disk")
+        problem = "tokenized data was damaged right after writing"
+        raise TrainError(output.path, problem, remedy="check the disk")
     return store
 
 

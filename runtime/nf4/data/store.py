@@ -14,6 +14,8 @@ All numbers little endian; `item` is 2 or 4 bytes, as the largest id allows:
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import mmap
 import os
@@ -180,7 +182,10 @@ class TokenStore(Dataset):
 
 def open_store(path: Path, key: str, seq_len: int, *, threads: int = 2) -> TokenStore | None:
     """The store in a file, every sum checked; None where there is none, or one that cannot be trusted: torn,
-    damaged, made of something else, someone else's, a link."""
+    damaged, made of something else, someone else's, a link.
+
+    While it is in use the file is locked (flock, shared), where the file system has locks.
+    """
     try:
         descriptor = open_regular(path, follow=False)
     except Nf4Error:
@@ -188,6 +193,8 @@ def open_store(path: Path, key: str, seq_len: int, *, threads: int = 2) -> Token
     try:
         if os.fstat(descriptor).st_uid != os.geteuid():
             return None
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # the mapping holds it on
         return TokenStore(descriptor, path, key, seq_len, threads)
     except (ValueError, OSError, MemoryError, OverflowError):
         return None

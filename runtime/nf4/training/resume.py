@@ -23,9 +23,9 @@ from .options import NEWEST, TrainOptions
 # Where things are and how much of them is kept: no number of the run depends on it. What the data hold is
 # compared by their fingerprint.
 _WITHOUT_INFLUENCE = {
-    "data", "data_options.cache", "data_options.workers", "eval_data", "out", "log", "force", "resume",
-    "save_every", "keep", "page_budget", "page_bytes", "page_store", "page_file", "plot", "tensorboard",
-    "wandb",
+    "data", "data_options.cache", "data_options.cache_bytes", "data_options.workers", "eval_data", "out",
+    "log", "force", "resume", "save_every", "keep", "page_budget", "page_bytes", "page_store", "page_file",
+    "plot", "tensorboard", "wandb",
 }  # fmt: skip
 # Early stopping may change as long as the run would have come this far.
 _EARLY_STOPPING = {"patience", "min_delta"}
