@@ -18,7 +18,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 import nf4
 from nf4.cli.parameters import ByteSize
 from nf4.cli.train import command
-from nf4format.errors import Nf4Error
+from nf4format.errors import FormatError, Nf4Error
 from qcompile.options import CompileOptions
 from qcompile.pipeline import compile_checkpoint
 
@@ -89,6 +89,28 @@ def test_the_settings_written_beside_an_adapter_repeat_the_run(packed: Path, tmp
     assert adapters[0] == adapters[1] != adapters[2]
     assert "lr = 0.001\n" in (third / "training_config.toml").read_text()
     assert "lr = 0.001\n" in (third / "README.md").read_text()
+
+
+def test_a_file_read_instead_of_mapped_gives_the_same_adapter_and_shows_damage(
+    packed: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "text.txt").write_text("one two three four five " * 20)
+    settings = ["--data", tmp_path / "text.txt", "--steps", 2, "--seq-len", 32, "--rank", 4, "--no-plot"]
+    adapters = []
+    for how in ("--mmap", "--no-mmap"):
+        result = run(packed, *settings, "--out", tmp_path / how, how)
+        assert result.exit_code == 0, result.output
+        config = (tmp_path / how / "training_config.toml").read_text()
+        assert f"mmap = {str(how == '--mmap').lower()}\n" in config
+        adapters.append((tmp_path / how / "adapter_model.safetensors").read_bytes())
+    assert adapters[0] == adapters[1]
+    data = bytearray(packed.read_bytes())
+    data[-100] ^= 1
+    packed.write_bytes(data)
+    result = run(packed, *settings, "--out", tmp_path / "damaged", "--no-mmap")
+    assert isinstance(result.exception, FormatError)
+    assert "damaged" in str(result.exception)
+    assert not (tmp_path / "damaged").exists()
 
 
 def test_examples_are_shown_and_nothing_else_happens(packed: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import click
 from .train_options import SECTIONS, given_options, parameters, train_options
 
 if TYPE_CHECKING:
+    from ..training.options import TrainOptions
     from ..training.progress import TrainSummary
 
 _HELP = """Fine-tune a LoRA adapter on a packed model.
@@ -95,15 +96,17 @@ def _command(**given: Any) -> None:
     def say(text: str) -> None:
         tqdm.write(text, file=sys.stderr)
 
+    is_mapped = values.get("mmap") is not False
     if values.get("show_example"):
-        show_examples(file, options, values["show_example"])
+        _show_examples(file, options, values["show_example"], mmap=is_mapped)
         return
     check_options(options)  # before the seconds of loading and tokenizing
     device = resolve(values.get("device") or "auto", file)
     dtype = values.get("dtype") or ("float32" if device.type == "cpu" else "bfloat16")
-    model = load(file, device=device, dtype=dtype)
+    model = load(file, device=device, dtype=dtype, mmap=is_mapped)
     assert model.source is not None  # load maps a file
-    machine = {"device": str(device), "dtype": dtype, "threads": values.get("threads")}
+    machine = {"device": str(device), "dtype": dtype}
+    machine |= {key: values.get(key) for key in ("mmap", "threads")}
     written = write_config(given_options(options) | machine, file)
     summary = train(
         model,
@@ -126,7 +129,7 @@ command = _TrainCommand(
 )
 
 
-def show_examples(file: Path, options: Any, count: int) -> None:
+def _show_examples(file: Path, options: TrainOptions, count: int, *, mmap: bool = True) -> None:
     """Print the first examples that training would see, and the table of the run."""
     from nf4format.container import Nf4File
 
@@ -134,7 +137,8 @@ def show_examples(file: Path, options: Any, count: int) -> None:
     from ..text.tokenizer import Tokenizer
     from ..training.train import load_data, plan_of
 
-    tokenizer = Tokenizer.from_file(Nf4File.open(file))
+    with Nf4File.open(file, mmap=mmap) as packed_file:
+        tokenizer = Tokenizer.from_file(packed_file)
     sources, evaluation = load_data(tokenizer, options, progress=sys.stderr.isatty())
     batches = plan_of(sources, options)
     click.echo(shown_examples(batches, count, tokenizer.pieces, color=sys.stdout.isatty()))

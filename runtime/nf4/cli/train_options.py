@@ -169,6 +169,9 @@ SECTIONS: Final[dict[str, tuple[Option, ...]]] = {
         Option("dtype", "", _choice("float32", "bfloat16", "float16"),
                "Arithmetic and activations; 16 bits take half the memory. float16, with a scaled loss, is "
                "for GPUs that are slow in bfloat16.  [default: bfloat16 on a GPU, float32 on a CPU]"),
+        Option("mmap", "", None,
+               "Map FILE, or read it into memory: for network file systems. Its sums are checked then.  "
+               "[default: mapped; a GPU's memory is filled by reading]"),
         Option("threads", "", click.INT, "CPU threads.  [default: torch's choice]"),
         Option("config", "", _PATH,
                "TOML or YAML file with any of these options, such as OUT/training_config.toml of another "
