@@ -34,6 +34,7 @@ Examples:
   qcompile Llama-3.1-8B llama.nf4 --report llama.html         what became of each tensor
   nf4 calibrate Llama-3.1-8B --data texts.txt --full --out stats.safetensors
   qcompile Llama-3.1-8B best.nf4 -O2 --stats stats.safetensors
+  qcompile Llama-3.1-8B best.nf4 -O2 --stats stats.safetensors --eval-text other.txt  if it does better
   qcompile Qwen3-30B-A3B moe.nf4 --exclude '*.self_attn.*'    keep attention in 16 bit
   qcompile Llama-3.1-8B part.nf4 --include '*.mlp.*'          pack the feed-forward layers only
   qcompile Llama-3.1-8B whole.nf4 --exclude '*'               the same container, nothing packed
@@ -68,6 +69,31 @@ Examples:
     type=click.Path(path_type=str),
     metavar="FILE",
     help="Statistics of other text: report errors at the layers' outputs by them. Of use at every level.",
+)
+@click.option(
+    "--eval-text",
+    "eval_texts",
+    multiple=True,
+    type=click.Path(path_type=str),
+    metavar="FILE",
+    help="Text that no statistics were made of: report KL and perplexity against MODEL_DIR, and refuse a "
+    "level whose KL is worse than that of the level below. Needs a family that nf4 runs. Repeatable.",
+)
+@click.option(
+    "--eval-windows",
+    type=click.IntRange(1),
+    default=CompileOptions.eval_windows,
+    help="Windows of each text, of 512 tokens or the model's context, taken evenly.",
+)
+@click.option(
+    "--against-file",
+    type=click.Path(path_type=str),
+    metavar="FILE.nf4",
+    help="With --eval-text: this file stands for the level below (such as the first pass of -O3).  "
+    "[default: the level below is compiled and removed; -O1 for -O3]",
+)
+@click.option(
+    "--force-level", is_flag=True, help="Write OUT.nf4 even if its KL is worse than the level below's."
 )
 @click.option(
     "--adapter",
@@ -136,6 +162,10 @@ def command(  # noqa: PLR0917 - one parameter for each option; click passes them
     level: str,
     stats: tuple[str, ...],
     held_out: tuple[str, ...],
+    eval_texts: tuple[str, ...],
+    eval_windows: int,
+    against_file: str | None,
+    force_level: bool,
     adapter: str | None,
     rank: int,
     levels: str,
@@ -166,6 +196,10 @@ def command(  # noqa: PLR0917 - one parameter for each option; click passes them
         level=int(level),
         stats=stats,
         held_out=held_out,
+        eval_texts=eval_texts,
+        eval_windows=eval_windows,
+        against_file=against_file,
+        force_level=force_level,
         adapter=adapter,
         rank=rank,
         levels=levels,
@@ -179,6 +213,8 @@ def command(  # noqa: PLR0917 - one parameter for each option; click passes them
         verify=verify,
         resume=resume,
     )
+    if (against_file or force_level) and not eval_texts:
+        raise click.UsageError("--against-file and --force-level go with --eval-text")
     if report:
         check_report_path(report)
     if dry_run:
@@ -212,19 +248,32 @@ class _Interrupted(Exception):
 
 
 def _compile(model_dir: str, out: str, options: CompileOptions, *, quiet: bool) -> CompileSummary:
-    """Compile under a progress bar."""
+    """Compile under a progress bar, evaluate under others."""
     hidden = quiet or not sys.stderr.isatty()
-    with tqdm(disable=hidden, unit="B", unit_scale=True, desc="compile", leave=False, file=sys.stderr) as bar:
+    with (
+        tqdm(disable=hidden, unit="B", unit_scale=True, desc="compile", leave=False, file=sys.stderr) as bar,
+        tqdm(
+            disable=hidden, unit="window", desc="evaluate", leave=False, file=sys.stderr, delay=0.1
+        ) as windows,
+    ):
 
         def show(num_bytes: int, total_bytes: int) -> None:
+            if bar.total is not None and bar.n >= bar.total:  # the level below is done
+                bar.reset()
             bar.total = total_bytes
             bar.update(num_bytes)
+
+        def watch(done: int, total: int) -> None:
+            if done <= windows.n:  # another file or text
+                windows.reset()
+            windows.total = total
+            windows.update(done - windows.n)
 
         def tell(line: str) -> None:
             if not quiet:
                 tqdm.write(f"qcompile: {line}", file=sys.stderr)
 
-        return compile_checkpoint(model_dir, out, options, None if hidden else show, tell)
+        return compile_checkpoint(model_dir, out, options, None if hidden else show, tell, watch=watch)
 
 
 def _inode(path: str) -> int | None:

@@ -30,6 +30,10 @@ class CompileOptions:
         quantize_embeddings: embeddings become NF4 too.
         device: where to encode: "cpu", "cuda", or "auto", a GPU if there is one that serves.
         held_out: files of statistics of other text, by which errors at outputs are reported.
+        eval_texts: files of text on which the output and the level below are compared with the checkpoint.
+        eval_windows: the most windows of each text.
+        against_file: a .nf4 file that stands for the level below; None = it is compiled.
+        force_level: accept a level whose KL is worse than that of the level below.
         jobs: the most threads to use; 0 = one for each core this process may run on.
         force: replace an existing output.
         verify: read the written file back and compare it with the checkpoint.
@@ -48,6 +52,10 @@ class CompileOptions:
 
     device: str = "cpu"
     held_out: tuple[str, ...] = ()
+    eval_texts: tuple[str, ...] = ()
+    eval_windows: int = 64
+    against_file: str | None = None
+    force_level: bool = False
     jobs: int = 0
     force: bool = False
     verify: bool = False

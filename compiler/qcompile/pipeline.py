@@ -7,6 +7,7 @@
     emit_tensors      one pass over the weights, in parallel
     seal              sums over what was written, then the header; until then no reader accepts the file
     verify_output     (--verify) read back from the disk and compare
+    Judge             (--eval-text) KL and perplexity, beside those of the level below, measured first of all
     rename            the output appears, complete
 
 Whatever fails on the way, the output is as it was before. A run that is killed leaves the temporary file and
@@ -20,20 +21,22 @@ import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 from nf4format.checkpoint import Checkpoint, source_hash
 from nf4format.container import Nf4File, seal
 from nf4format.errors import FormatError
 from nf4format.header import PREFIX_BYTES
-from nf4format.resumable import ResumableFile
+from nf4format.resumable import ResumableFile, partial_path
 from nf4format.stats import Stats
 
 from .absorb import write_corrections
 from .calibrated import Encoders
 from .device import open_encoder
 from .emit import Emitted, Progress, emit_files, emit_tensors
-from .errors import CompileError
+from .errors import CompileError, EvaluationError
+from .evaluation import Evaluation, Judge, Watch
 from .held_out import held_out_errors
 from .journal import Journal, plan_key
 from .options import CompileOptions
@@ -55,6 +58,8 @@ def compile_checkpoint(
     options: CompileOptions | None = None,
     progress: Progress | None = None,
     tell: Callable[[str], None] = lambda line: None,
+    *,
+    watch: Watch | None = None,
 ) -> CompileSummary:
     """Compile a checkpoint directory into one .nf4 file.
 
@@ -67,11 +72,15 @@ def compile_checkpoint(
         model_dir: Hugging Face directory: config.json, *.safetensors, tokenizer files.
         out: file to write; it appears whole, at the end, or not at all.
         options: see `CompileOptions`; default policy by default.
-        progress: is told of every chunk that was read.
-        tell: takes a line for the user: that there is no GPU, if one was to be used where there is.
+        progress: is told of every chunk that was read; with texts to evaluate on, from the beginning again
+            for the level below.
+        tell: takes a line for the user: that there is no GPU, if one was to be used where there is; what is
+            being evaluated.
+        watch: is told of every few windows that were evaluated.
 
     Raises:
-        CompileError: the checkpoint cannot be compiled or the output exists.
+        CompileError: the checkpoint cannot be compiled or the output exists; the level is refused
+            (EvaluationError).
         FormatError: the checkpoint does not follow its format.
         WriteError: the output cannot be written.
     """
@@ -86,6 +95,13 @@ def compile_checkpoint(
         _check_output(Path(out), checkpoint, options)
         data_free = stack.enter_context(open_encoder(options, jobs, tell))
         encoders = Encoders(plan, options, stats, data_free)
+        judge = Judge(model_dir, options, tell, watch) if options.eval_texts else None
+        if judge:
+            judge.measure_below(
+                Path(out),
+                [decision.name for decision in plan.decisions if decision.quantize],
+                lambda path, below: compile_checkpoint(model_dir, path, below, progress, tell),
+            )
         with ResumableFile(out, overwrite=options.force, resume=options.resume, keep=options.resume) as file:
             journal = Journal(file, plan_key(checkpoint, plan, options), plan)
             file.preallocate(plan.layout.file_bytes)
@@ -118,15 +134,26 @@ def compile_checkpoint(
                     verify_started = time.perf_counter()
                     errors = verify_output(checkpoint, plan, emitted, file, level=options.level, jobs=jobs)
                     verify_seconds = time.perf_counter() - verify_started
+                evaluation = None
+                if judge:
+                    unpublished = partial_path(file.path)
+                    add = partial(
+                        write_corrections,
+                        out=unpublished,
+                        corrections=encoders.corrections,
+                        rank=options.rank,
+                    )
+                    evaluation = judge.judge(file.path, unpublished, add if options.adapter else None)
     if options.adapter:
         write_corrections(options.adapter, out, encoders.corrections, options.rank)
-    seconds = time.perf_counter() - started - verify_seconds
+    seconds = time.perf_counter() - started - verify_seconds - (judge.seconds if judge else 0.0)
     return _summarize(
         Path(out),
         plan,
         options,
         emitted,
         (encoders.output_errors | journal.output_errors, held_out),
+        evaluation=evaluation,
         resumed=done.keys(),
         errors=errors,
         source_sha256=sha256,
@@ -145,6 +172,8 @@ def _forgetting(file: ResumableFile, checkpoint: Checkpoint) -> Iterator[None]:
     """What was written is not kept where going on with it would fail again, or mix two versions."""
     try:
         yield
+    except EvaluationError:  # with --resume and --force-level nothing is left to do
+        raise
     except CompileError:  # weights that cannot be packed, or a file that does not verify
         file.keep = False
         raise
@@ -198,6 +227,7 @@ def _summarize(
     emitted: dict[str, Emitted],
     output_errors: OutputErrors,
     *,
+    evaluation: Evaluation | None,
     resumed: Collection[str],
     errors: dict[str, TensorError],
     source_sha256: str,
@@ -229,6 +259,7 @@ def _summarize(
         source_sha256=source_sha256,
         seconds=seconds,
         verified=options.verify,
+        evaluation=evaluation,
     )
 
 

@@ -130,8 +130,33 @@ def report_html(data: dict[str, Any]) -> str:
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f"<style>{_STYLE}</style></head>\n<body><h1>{title}</h1>\n{facts_table}\n"
         "<p>Errors are squared errors of the weights over their squares, before (-O0) and after.</p>\n"
-        f"<h2>Layer groups</h2>\n{groups}\n<h2>Tensors</h2>\n{tensors}\n</body></html>\n"
+        f"<h2>Layer groups</h2>\n{groups}\n<h2>Tensors</h2>\n{tensors}\n"
+        f"{_evaluation(data['evaluation'])}</body></html>\n"
     )
+
+
+def _evaluation(evaluation: dict[str, Any] | None) -> str:
+    """KL and perplexity against the checkpoint; nothing without texts."""
+    if evaluation is None:
+        return ""
+    rows: list[list[str | _Bar]] = [["checkpoint", "0", f"{evaluation['original_perplexity']:.4f}", "100.0%"]]
+    for name, figures in ((evaluation["below_name"], evaluation["below"]), ("this file", evaluation["file"])):
+        if figures:
+            cells = [_with_error(figures["kl"], figures["kl_error"]), f"{figures['perplexity']:.4f}"]
+            rows.append([name, *cells, f"{figures['same_choice']:.1%}"])
+    texts = ", ".join(evaluation["texts"])
+    told = f"{evaluation['tokens']:,} tokens in {evaluation['windows']} windows of {texts}."
+    if evaluation["difference"] is not None:
+        difference = _with_error(evaluation["difference"], evaluation["difference_error"])
+        told += f" Difference in KL from {evaluation['below_name']}, paired by windows: {difference}."
+    if evaluation["forced"]:
+        told += " It is worse, and was forced."
+    table = _table(["", "KL, nats a token", "perplexity", "same first choice"], rows)
+    return f"<h2>Predictions</h2>\n{table}\n<p>{escape(told)}</p>\n"
+
+
+def _with_error(value: float, error: float | None) -> str:
+    return f"{value:.5f}" if error is None else f"{value:.5f} \u00b1 {error:.5f}"
 
 
 class _Bar(float):

@@ -10,6 +10,7 @@ from typing import Any
 
 from nf4format.layout import COMPANIONS
 
+from .evaluation import Evaluation
 from .plan import Plan
 from .quality import GroupError
 
@@ -81,6 +82,7 @@ class CompileSummary:
         source_sha256: hash of the checkpoint's weights.
         seconds: wall time, fsync included, verification not.
         verified: whether the file was read back and compared.
+        evaluation: on texts; None without any.
     """
 
     out: str
@@ -103,6 +105,7 @@ class CompileSummary:
     source_sha256: str
     seconds: float
     verified: bool
+    evaluation: Evaluation | None = None
 
     @property
     def output_ratio(self) -> float | None:
@@ -175,10 +178,31 @@ class CompileSummary:
                     f"  outputs  squared error of the layers' outputs {ratio:.3f} of -O0's, "
                     f"by the statistics {by}"
                 )
+        if self.evaluation:
+            lines += evaluation_lines(self.evaluation)
         if self.resumed_bytes:
             lines.append(f"  resumed  {_bytes(self.resumed_bytes)} of the source were done already")
         lines.append(f"  time     {self.seconds:.2f} s, {self.gb_per_second:.2f} GB/s")
         return "\n".join(lines)
+
+
+def evaluation_lines(evaluation: Evaluation) -> list[str]:
+    """KL and perplexity of the file, of the level below, and what the difference is worth."""
+    rows = [("file", evaluation.file)]
+    if evaluation.below:
+        rows.append((evaluation.below_name, evaluation.below))
+    lines = [
+        f"  texts    {evaluation.tokens:,} tokens in {evaluation.windows} windows; perplexity of the "
+        f"checkpoint {evaluation.original_perplexity:.4f}"
+    ]
+    for name, figures in rows:
+        noise = "" if figures.kl_error is None else f" +- {figures.kl_error:.5f}"
+        lines.append(f"           {name}: KL {figures.kl:.5f}{noise}, perplexity {figures.perplexity:.4f}")
+    if evaluation.difference is not None:
+        noise = "" if evaluation.difference_error is None else f" +- {evaluation.difference_error:.5f}"
+        verdict = "; WORSE, and forced" if evaluation.forced else ""
+        lines.append(f"           difference in KL {evaluation.difference:+.5f}{noise}{verdict}")
+    return lines
 
 
 def _mean_ratio(errors: Iterable[OutputError | None]) -> float | None:

@@ -32,27 +32,6 @@ MODEL_CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
 }
 
-TEXT = "the cat sat on the mat; the dog and the frog were there too"
-
-
-@pytest.fixture(scope="session")
-def tokenizer_json() -> bytes:
-    """A byte-level BPE of at most 320 ids: <unk>, <s> (put in front of every text), </s>, bytes, merges."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=["<unk>", "<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([TEXT] * 4, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return tokenizer.to_str().encode()
-
 
 @pytest.fixture
 def make_packed(

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import LoadError
 from ..model.decoder import CausalLM
+from .perplexity import Perplexity, check_vocabulary
 
 _BATCH_TOKENS = 2048
 _CHUNK_TOKENS = 512  # of which logits of both models are in memory at once
@@ -17,13 +19,14 @@ _CHUNK_TOKENS = 512  # of which logits of both models are in memory at once
 
 @dataclass(frozen=True)
 class Divergence:
-    """Over `tokens` predicted tokens, in nats.
+    """Over `tokens` predicted tokens, in nats; windows have the same number of them.
 
     Attributes:
         kl: mean of KL(original || other), over the whole vocabulary at each token.
         kl_error: standard error of that mean, windows taken as independent.
         nll, original_nll: mean negative log-likelihoods; perplexity is exp of one.
         same_choice: share of the tokens where both models' likeliest next token is the same.
+        window_kl, window_nll, window_original_nll: means of each window, for comparisons window by window.
     """
 
     tokens: int
@@ -32,6 +35,19 @@ class Divergence:
     nll: float
     original_nll: float
     same_choice: float
+    window_kl: tuple[float, ...]
+    window_nll: tuple[float, ...]
+    window_original_nll: tuple[float, ...]
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean; infinity where that is too large for a float."""
+        return Perplexity(self.nll * self.tokens, self.tokens).perplexity
+
+    @property
+    def original_perplexity(self) -> float:
+        """The same of the original."""
+        return Perplexity(self.original_nll * self.tokens, self.tokens).perplexity
 
 
 def divergence(
@@ -40,9 +56,18 @@ def divergence(
     """Compare two models of one vocabulary on windows of tokens, int64 [windows, length].
 
     Every token of a window but the first is predicted. Logits are compared in float32.
+
+    Args:
+        progress: called with (windows done, windows in all).
+
+    Raises:
+        LoadError: vocabularies of different sizes, or a token outside.
     """
-    window_kl: list[float] = []
-    nll = original_nll = 0.0
+    if original.config.vocab_size != other.config.vocab_size:
+        expected, got = original.config.vocab_size, other.config.vocab_size
+        raise LoadError("", "vocabularies of different sizes", expected=expected, got=got)
+    check_vocabulary(original, windows)
+    sums = torch.empty(len(windows), 3, dtype=torch.float64)  # KL, both negative log-likelihoods
     same = 0
     predicted = windows.shape[1] - 1
     step = max(1, _BATCH_TOKENS // windows.shape[1])
@@ -51,7 +76,7 @@ def divergence(
         with torch.inference_mode():
             streams = [model.hidden_states(ids.to(model.device))[:, :-1] for model in (original, other)]
             for row in range(len(ids)):
-                total = 0.0
+                total = torch.zeros(3, dtype=torch.float64)
                 for begin in range(0, predicted, _CHUNK_TOKENS):
                     part = slice(begin, min(begin + _CHUNK_TOKENS, predicted))
                     p, q = (
@@ -59,21 +84,25 @@ def divergence(
                         for model, stream in zip((original, other), streams, strict=True)
                     )
                     q = q.to(p.device)
-                    total += float((p.exp() * (p - q)).sum(dtype=torch.float64))
-                    labels = ids[row, 1:][part].to(p.device)
-                    original_nll += float(F.nll_loss(p, labels, reduction="sum"))
-                    nll += float(F.nll_loss(q, labels, reduction="sum"))
+                    labels = ids[row, 1:][part, None].to(p.device)
+                    total[0] += float((p.exp() * (p - q)).sum(dtype=torch.float64))
+                    total[1] -= float(q.gather(-1, labels).sum(dtype=torch.float64))
+                    total[2] -= float(p.gather(-1, labels).sum(dtype=torch.float64))
                     same += int((p.argmax(-1) == q.argmax(-1)).sum())
-                window_kl.append(total / predicted)
+                sums[start + row] = total
         if progress is not None:
-            progress(len(window_kl), len(windows))
-    tokens = len(window_kl) * predicted
-    spread = torch.tensor(window_kl, dtype=torch.float64)
+            progress(start + len(ids), len(windows))
+    means = sums / predicted
+    kl, nll, original_nll = means.T.tolist()
+    spread = float(means[:, 0].std(correction=1)) / len(kl) ** 0.5 if len(kl) > 1 else 0.0
     return Divergence(
-        tokens,
-        float(spread.mean()),
-        float(spread.std(correction=1)) / len(window_kl) ** 0.5 if len(window_kl) > 1 else 0.0,
-        nll / tokens,
-        original_nll / tokens,
-        same / tokens,
+        tokens=len(kl) * predicted,
+        kl=float(means[:, 0].mean()),
+        kl_error=spread,
+        nll=float(means[:, 1].mean()),
+        original_nll=float(means[:, 2].mean()),
+        same_choice=same / (len(kl) * predicted),
+        window_kl=tuple(kl),
+        window_nll=tuple(nll),
+        window_original_nll=tuple(original_nll),
     )

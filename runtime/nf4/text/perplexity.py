@@ -72,24 +72,47 @@ def perplexity(
         LoadError: a window too short, fewer than two tokens, or an id outside the vocabulary.
     """
     windows = windows_of(token_ids, window, bos_id)
-    vocab_size = model.config.vocab_size
-    if not 0 <= int(windows.min()) <= int(windows.max()) < vocab_size:
-        got = f"{int(windows.min())} to {int(windows.max())}"
-        remedy = "the tokenizer is not the model's"
-        raise LoadError("", "token ids", expected=f"0 to {vocab_size - 1}", got=got, remedy=remedy)
-    predicted = windows.shape[1] - 1
     if max_tokens is not None:
-        windows = windows[: max(1, max_tokens // predicted)]
+        windows = windows[: max(1, max_tokens // (windows.shape[1] - 1))]
+    return perplexity_of(model, windows, progress)
+
+
+def perplexity_of(
+    model: CausalLM, windows: torch.Tensor, progress: Callable[[int, int], None] | None = None
+) -> Perplexity:
+    """Perplexity of a model on windows, int64 [windows, length]: of every token but each one's first.
+
+    Raises:
+        LoadError: an id outside the vocabulary.
+    """
+    check_vocabulary(model, windows)
+    predicted = windows.shape[1] - 1
     nll, tokens = 0.0, 0
     for batch in windows.split(max(1, BATCH_TOKENS // windows.shape[1])):
         ids_BT = batch.to(model.device)
         with torch.inference_mode():
             hidden_NH = model.hidden_states(ids_BT)[:, :-1].flatten(0, 1)
-            nll += loss_sum(model.head, hidden_NH, ids_BT[:, 1:].flatten(), vocab_size)
+            nll += loss_sum(model.head, hidden_NH, ids_BT[:, 1:].flatten(), model.config.vocab_size)
         tokens += ids_BT.shape[0] * predicted
         if progress is not None:
             progress(tokens, windows.shape[0] * predicted)
     return Perplexity(nll, tokens)
+
+
+def check_vocabulary(model: CausalLM, windows: torch.Tensor) -> None:
+    """Raise LoadError for an id that the model has no embedding of."""
+    vocab_size = model.config.vocab_size
+    if not 0 <= int(windows.min()) <= int(windows.max()) < vocab_size:
+        got = f"{int(windows.min())} to {int(windows.max())}"
+        remedy = "the tokenizer is not the model's"
+        raise LoadError("", "token ids", expected=f"0 to {vocab_size - 1}", got=got, remedy=remedy)
+
+
+def evenly(windows: torch.Tensor, count: int) -> torch.Tensor:
+    """At most so many of the windows, taken evenly over all of them."""
+    if len(windows) <= count:
+        return windows
+    return windows[torch.arange(count) * len(windows) // count]
 
 
 def windows_of(token_ids: Sequence[int], window: int, bos_id: int | None) -> torch.Tensor:
