@@ -25,7 +25,7 @@ from nf4format import _native
 from nf4format.atomic import surely, write_error
 from nf4format.checkpoint import Checkpoint
 from nf4format.errors import Nf4Error
-from nf4format.files import open_regular, read_capped
+from nf4format.files import read_file
 from nf4format.layout import COMPANIONS
 from nf4format.resumable import ResumableFile
 from nf4format.strictjson import parse_object
@@ -235,11 +235,7 @@ def _line(record: dict[str, Any]) -> bytes:
 def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
     """The records of a journal up to the first that is damaged, and where they end."""
     try:
-        fd = open_regular(path, follow=False)
-        try:
-            data = read_capped(fd, _MAX_BYTES, path)
-        finally:
-            os.close(fd)
+        data = read_file(path, _MAX_BYTES, follow=False)
     except Nf4Error:
         return [], 0
     records: list[dict[str, Any]] = []

@@ -13,7 +13,7 @@ import numpy as np
 
 from .atomic import AtomicDirectory, AtomicFile
 from .errors import FormatError
-from .files import open_regular, pread_into, read_capped
+from .files import open_regular, pread_into, read_file
 from .header import read_header
 from .strictjson import MAX_CONFIG_VALUES, parse_object
 from .tensorfile import begin_tensors, plan_tensors
@@ -113,11 +113,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     """The config, with the fields that every LoRA adapter has checked."""
     if not path.exists():
         raise FormatError(path, "the file is missing", remedy="give the directory of a PEFT adapter")
-    fd = open_regular(path)
-    try:
-        data = read_capped(fd, MAX_CONFIG_BYTES, path)
-    finally:
-        os.close(fd)
+    data = read_file(path, MAX_CONFIG_BYTES)
     try:
         config = parse_object(data, most_values=MAX_CONFIG_VALUES)
     except ValueError as error:

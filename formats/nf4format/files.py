@@ -119,3 +119,16 @@ def read_capped(fd: int, max_bytes: int, name: str | os.PathLike[str]) -> bytes:
         remedy = "no model needs so large a file of this name; download it again"
         raise FormatError(name, "the file is too large", expected=limit, got=size, remedy=remedy)
     return pread_exactly(fd, size, 0, name)
+
+
+def read_file(path: str | os.PathLike[str], max_bytes: int, *, follow: bool = True) -> bytes:
+    """The whole of a regular file of at most `max_bytes`.
+
+    Raises:
+        FormatError: it cannot be opened (see `open_regular`), is too large, or cannot be read.
+    """
+    fd = open_regular(path, follow=follow)
+    try:
+        return read_capped(fd, max_bytes, path)
+    finally:
+        os.close(fd)

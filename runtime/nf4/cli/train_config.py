@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 from collections.abc import Mapping
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
 import click
 
-from nf4format.files import open_regular, read_capped
+from nf4format.files import read_file
 
 from ..errors import TrainError
 from .parameters import Assignment, WeightedPath
@@ -81,11 +81,7 @@ def _parse(path: Path) -> dict[str, Any]:
     suffix = path.suffix.lower()
     if suffix not in (".toml", ".yaml", ".yml"):
         raise TrainError(path, "kind of configuration file", expected=".toml, .yaml or .yml", got=suffix)
-    fd = open_regular(path)
-    try:
-        data = read_capped(fd, _MAX_BYTES, path)
-    finally:
-        os.close(fd)
+    data = read_file(path, _MAX_BYTES)
     try:
         text = data.decode("utf-8-sig")
         values = _toml_module(path).loads(text) if suffix == ".toml" else _yaml_module(path).safe_load(text)
@@ -105,14 +101,14 @@ def _parse(path: Path) -> dict[str, Any]:
 def _toml_module(path: Path) -> Any:
     for name in ("tomllib", "tomli"):
         if find_spec(name):
-            return __import__(name)
+            return import_module(name)
     raise TrainError(path, "TOML needs Python 3.11 or tomli", remedy="pip install tomli")
 
 
 def _yaml_module(path: Path) -> Any:
     if not find_spec("yaml"):
         raise TrainError(path, "YAML needs PyYAML", remedy="pip install 'nf4[yaml]', or write TOML")
-    return __import__("yaml")
+    return import_module("yaml")
 
 
 def _convert(option: Option, raw: Any) -> Any:

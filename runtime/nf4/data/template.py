@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from nf4format.files import open_regular, read_capped
+from nf4format.files import read_file
 
 from ..errors import TrainError
 
@@ -128,9 +128,7 @@ def find_template(wanted: str | None, own: Mapping[str, str]) -> Template | None
     if not path.exists():
         names = [*own, *BUILT_IN]
         raise TrainError(path, "no such chat template", expected=f"a path, or one of {', '.join(names)}")
-    with open(open_regular(path), "rb") as file:  # noqa: PTH123 - an open descriptor
-        data = read_capped(file.fileno(), _MAX_BYTES, path)
     try:
-        return Template(str(path), data.decode("utf-8-sig"))
+        return Template(str(path), read_file(path, _MAX_BYTES).decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise TrainError(path, "chat template", expected="UTF-8", got=f"byte {error.start} is not") from None

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from nf4format.atomic import AtomicDirectory, AtomicFile, write_error
 from nf4format.errors import FormatError
-from nf4format.files import open_regular, pread_into, read_capped
+from nf4format.files import open_regular, pread_into, read_file
 from nf4format.header import Header, TensorEntry, read_header
 from nf4format.strictjson import parse_object
 from nf4format.tensorfile import begin_tensors, plan_tensors
@@ -158,11 +158,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         FormatError: a file is missing, cut short or damaged, or the state is not that of a checkpoint.
     """
     file = path / STATE_NAME
-    fd = open_regular(file)
-    try:
-        data = read_capped(fd, MAX_STATE_BYTES, file)
-    finally:
-        os.close(fd)
+    data = read_file(file, MAX_STATE_BYTES)
     try:
         record = parse_object(data)
     except ValueError as error:
