@@ -87,3 +87,9 @@ def make_model(family_config: Callable[..., dict[str, Any]]) -> Callable[..., Ca
         return CausalLM(ModelConfig.from_dict(config)).to(device, dtype)
 
     return build
+
+
+@pytest.fixture(scope="module")
+def biased_config(family_config: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    """Of a model whose query, key and value layers have biases."""
+    return family_config("qwen2", hidden_size=32, intermediate_size=48, num_hidden_layers=2, dtype="float32")

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft_models import same_in_ours, transformers_model
 from safetensors.torch import load_file, save_file
 
 import nf4
@@ -39,20 +40,13 @@ def small_config(family_config: Callable[..., dict[str, Any]]) -> dict[str, Any]
 
 @pytest.fixture
 def peft_base(small_config: dict[str, Any]) -> Any:
-    """A transformers model, fp32, random."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    values = {k: v for k, v in small_config.items() if k not in ("model_type", "architectures", "dtype")}
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **values)).eval()
+    return transformers_model(small_config)
 
 
 @pytest.fixture
 def ours(small_config: dict[str, Any], peft_base: Any) -> CausalLM:
     """Our model with the same weights."""
-    model = CausalLM(ModelConfig.from_dict(small_config))
-    model.load_state_dict(peft_base.state_dict())
-    return model.eval()
+    return same_in_ours(small_config, peft_base)
 
 
 def trained(model: CausalLM, config: LoraConfig) -> CausalLM:

@@ -8,23 +8,22 @@ from typing import Any
 
 import pytest
 import torch
+from peft_models import IDS, gradients, moved, same_in_ours, transformers_model
 from torch import Tensor, nn
 
 import nf4
 from nf4.adapters import load_adapter, save_adapter
 from nf4.errors import TrainError
 from nf4.lora import LoraConfig, add_lora, lora_layers
-from nf4.lora.attach import has_adapter, saved_modules
+from nf4.lora.attach import has_adapter
 from nf4.model.config import ModelConfig
 from nf4.model.decoder import CausalLM
 from nf4.model.linear import NF4Embedding, NF4Linear
-from nf4.training.loss import backward_loss, labelled_positions
 from qcompile.options import CompileOptions
 from qcompile.pipeline import compile_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-IDS = torch.tensor([[1, 17, 33, 250, 4, 9, 77], [5, 6, 7, 8, 9, 10, 11]])
 PATTERNS = {"ranks": {"q_proj": 2, "layers.1.mlp.*": 5}, "alphas": {"v_proj": 3.5}}
 
 # Ours, and PEFT's settings of the same name; targets are all linear layers of both.
@@ -61,48 +60,14 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def small_config(family_config: Callable[..., dict[str, Any]]) -> dict[str, Any]:
-    """Of a model whose query, key and value layers have biases."""
-    return family_config("qwen2", hidden_size=32, intermediate_size=48, num_hidden_layers=2, dtype="float32")
-
-
-def transformers_model(config: dict[str, Any]) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    values = {k: v for k, v in config.items() if k not in ("model_type", "architectures", "dtype")}
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **values)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
-
-
-def same_in_ours(config: dict[str, Any], theirs: Any) -> CausalLM:
-    model = CausalLM(ModelConfig.from_dict(config))
-    model.load_state_dict(theirs.state_dict())
-    return model.eval()
-
-
-def moved(model: nn.Module) -> None:
-    """Everything that trains, as after some training."""
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
-
-
 @pytest.mark.parametrize("option", OPTIONS)
 def test_our_file_in_peft_and_again_in_ours(
-    option: str, small_config: dict[str, Any], tmp_path: Path
+    option: str, biased_config: dict[str, Any], tmp_path: Path
 ) -> None:
     from peft import PeftModel
 
-    base = transformers_model(small_config)
-    ours, again = same_in_ours(small_config, base), same_in_ours(small_config, base)
+    base = transformers_model(biased_config)
+    ours, again = same_in_ours(biased_config, base), same_in_ours(biased_config, base)
     before = ours(IDS)
     add_lora(ours, LoraConfig(rank=4, alpha=8, **OPTIONS[option][0]))
     torch.testing.assert_close(ours(IDS), before, rtol=1e-5, atol=1e-5)
@@ -122,12 +87,12 @@ def test_our_file_in_peft_and_again_in_ours(
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_peft_file_in_ours_and_its_gradients(
-    option: str, small_config: dict[str, Any], tmp_path: Path
+    option: str, biased_config: dict[str, Any], tmp_path: Path
 ) -> None:
     import peft
 
-    base = transformers_model(small_config)
-    ours = same_in_ours(small_config, base)
+    base = transformers_model(biased_config)
+    ours = same_in_ours(biased_config, base)
     settings = {"target_modules": "all-linear", "r": 4, "lora_alpha": 6} | OPTIONS[option][1]
     if "targets" in OPTIONS[option][0]:
         settings["target_modules"] = ["q_proj", "up_proj", "gate_proj", "down_proj"]
@@ -155,12 +120,6 @@ def test_peft_file_in_ours_and_its_gradients(
         torch.testing.assert_close(gradient, reference, rtol=1e-3, atol=1e-4 * reference.abs().max().item())
 
 
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    assert all(gradient is not None for gradient in found.values()), found
-    return {name: gradient for name, gradient in found.items() if gradient is not None}
-
-
 def peft_name(name: str, ours: nn.Module) -> str:
     """Of a parameter, as PEFT's modules have it without the adapter's name."""
     path, _, leaf = name.rpartition(".")
@@ -178,95 +137,12 @@ def peft_name(name: str, ours: nn.Module) -> str:
     return f"{path}.{leaf}"
 
 
-@pytest.mark.parametrize("init", ["pissa", "olora", "pissa_niter_40"])
-@pytest.mark.parametrize("dora", [False, True])
-def test_values_out_of_the_weight_train_as_in_peft_and_are_saved_as_plain_lora(
-    init: str, dora: bool, small_config: dict[str, Any], tmp_path: Path
-) -> None:
-    import peft
-
-    plain = transformers_model(small_config)
-    base = transformers_model(small_config)
-    ours = same_in_ours(small_config, plain)
-    before = ours(IDS)
-    add_lora(ours, LoraConfig(rank=4, alpha=6, init=init, dora=dora), seed=3)
-    torch.testing.assert_close(ours(IDS), before, rtol=1e-4, atol=1e-5)
-    torch.manual_seed(3)
-    exact = init if "niter" not in init else "pissa"
-    theirs = peft.get_peft_model(
-        base,
-        peft.LoraConfig(
-            task_type="CAUSAL_LM",
-            target_modules="all-linear",
-            r=4,
-            lora_alpha=6,
-            init_lora_weights=exact,
-            use_dora=dora,
-        ),
-    ).eval()
-    coarse = 50 if "niter" in init else 1
-    for name, layer in lora_layers(ours):
-        other = theirs.base_model.model.get_submodule(name)
-        product = other.lora_B["default"].weight @ other.lora_A["default"].weight
-        torch.testing.assert_close(layer.lora_B @ layer.lora_A, product, rtol=1e-3, atol=coarse * 1e-5)
-    # A step of plain gradient descent is the same for every choice of signs of singular vectors.
-    for _ in range(3):
-        results = []
-        for model, logits in ((ours, ours(IDS)), (theirs, theirs(IDS).logits)):
-            model.zero_grad()
-            (logits * torch.linspace(-1, 1, 320)).square().mean().backward()
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    if parameter.grad is not None:
-                        parameter.add_(parameter.grad, alpha=-2.0)
-            results.append(logits)
-        torch.testing.assert_close(*results, rtol=1e-3, atol=coarse * 1e-4)
-    logits = ours(IDS)
-    assert (logits - before).abs().max() > 1e-2
-    save_adapter(ours, tmp_path / "a")
-    converted = peft.PeftModel.from_pretrained(plain, tmp_path / "a").eval()
-    torch.testing.assert_close(converted(IDS).logits, logits, rtol=1e-4, atol=1e-5)
-    again = same_in_ours(small_config, transformers_model(small_config))
-    load_adapter(again, tmp_path / "a")
-    torch.testing.assert_close(again(IDS), logits, rtol=1e-4, atol=1e-5)
-    assert {layer.rank for _, layer in lora_layers(again)} == {8}
-
-
-def test_rank_stabilized_values_out_of_the_weight_keep_their_scaling(
-    small_config: dict[str, Any], tmp_path: Path
-) -> None:
-    ours, again = (same_in_ours(small_config, transformers_model(small_config)) for _ in range(2))
-    config = LoraConfig(rank=4, alpha=6, rslora=True, init="olora", lora_bias=True, **PATTERNS)
-    add_lora(ours, config)
-    moved(ours)
-    save_adapter(ours, tmp_path / "a")
-    load_adapter(again, tmp_path / "a")
-    torch.testing.assert_close(again(IDS), ours(IDS), rtol=1e-4, atol=1e-5)
-
-
-def test_exact_and_iterated_singular_vectors_span_the_same_space() -> None:
-    torch.manual_seed(0)
-    base = nn.Linear(60, 90, bias=False)
-    with torch.no_grad():
-        u, s, v = torch.linalg.svd(base.weight, full_matrices=False)
-        base.weight.copy_(u @ torch.diag(s * torch.logspace(0, -2, 60)) @ v)
-    products = []
-    for init in ("pissa", "pissa_niter_12"):
-        model = nn.ModuleDict({"q_proj": base})
-        add_lora(model, LoraConfig(rank=6, alpha=3, init=init))
-        ((_, layer),) = lora_layers(model)
-        products.append(layer.scaling * layer.lora_B @ layer.lora_A)
-    best = u[:, :6] @ torch.diag((s * torch.logspace(0, -2, 60))[:6]) @ v[:6]
-    for product in products:
-        torch.testing.assert_close(product, best, rtol=1e-3, atol=1e-5)
-
-
-def test_dropout_with_dora_is_pefts(small_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dropout_with_dora_is_pefts(biased_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """The same mask in both: every second element is dropped."""
     import peft
 
-    base = transformers_model(small_config)
-    ours = same_in_ours(small_config, base)
+    base = transformers_model(biased_config)
+    ours = same_in_ours(biased_config, base)
     settings = {"target_modules": ["q_proj", "down_proj"], "r": 4, "lora_alpha": 6, "lora_dropout": 0.5}
     theirs = peft.get_peft_model(
         base, peft.LoraConfig(task_type="CAUSAL_LM", use_dora=True, init_lora_weights="olora", **settings)
@@ -336,56 +212,11 @@ def test_packed_base_computes_and_trains_as_peft_on_its_decoded_weights(
             torch.testing.assert_close(mine.grad, reference.grad, rtol=1e-3, atol=1e-4 * scale)
 
 
-def test_tied_embeddings_train_as_the_one_matrix_that_they_are(
-    small_config: dict[str, Any], tmp_path: Path
-) -> None:
-    """Against transformers' own tied weight; PEFT reads two copies, and we one again."""
-    from peft import PeftModel
-
-    config = small_config | {"tie_word_embeddings": True}
-    base = transformers_model(config)
-    for saved in (("embed_tokens",), ("lm_head",)):
-        ours = same_in_ours(config, base)
-        add_lora(ours, LoraConfig(rank=2, modules_to_save=saved))
-        (_, embedding), (_, head) = saved_modules(ours)
-        assert embedding.weight is head.weight
-        base.requires_grad_(False)
-        base.model.embed_tokens.weight.requires_grad_(True).grad = None
-        for logits in (ours(IDS), base(IDS).logits):
-            logits.square().sum().backward()
-        expected = base.model.embed_tokens.weight.grad
-        torch.testing.assert_close(embedding.weight.grad, expected, rtol=1e-3, atol=1e-4)
-    moved(ours)
-    logits = ours(IDS)
-    save_adapter(ours, tmp_path / "a")
-    again = same_in_ours(config, base)
-    load_adapter(again, tmp_path / "a")
-    assert torch.equal(again(IDS), logits)
-    (_, embedding), (_, head) = saved_modules(again)
-    assert embedding.weight is head.weight
-    theirs = PeftModel.from_pretrained(base, tmp_path / "a").eval()
-    torch.testing.assert_close(theirs(IDS).logits, logits, rtol=1e-4, atol=1e-5)
-
-
-def test_an_embedding_that_peft_untied_stays_so(small_config: dict[str, Any], tmp_path: Path) -> None:
-    import peft
-
-    config = small_config | {"tie_word_embeddings": True}
-    base = transformers_model(config)
-    ours = same_in_ours(config, base)
-    settings = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}
-    theirs = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **settings)).eval()
-    moved(theirs)
-    theirs.save_pretrained(tmp_path)
-    load_adapter(ours, tmp_path)
-    torch.testing.assert_close(ours(IDS), theirs(IDS).logits, rtol=1e-4, atol=1e-5)
-
-
-def test_bf16_adapters_of_every_part(small_config: dict[str, Any], tmp_path: Path) -> None:
+def test_bf16_adapters_of_every_part(biased_config: dict[str, Any], tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    base = transformers_model(small_config)
-    ours, again = same_in_ours(small_config, base), same_in_ours(small_config, base)
+    base = transformers_model(biased_config)
+    ours, again = same_in_ours(biased_config, base), same_in_ours(biased_config, base)
     add_lora(
         ours,
         LoraConfig(
@@ -403,52 +234,8 @@ def test_bf16_adapters_of_every_part(small_config: dict[str, Any], tmp_path: Pat
     torch.testing.assert_close(again(IDS), ours(IDS), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"targets": ("lm_head", "q_proj"), "dora": True},
-        {"targets": ("lm_head", "q_proj"), "lora_bias": True, "init": "olora"},
-        {"modules_to_save": ("lm_head", "embed_tokens", "model.norm")},
-    ],
-    ids=str,
-)
-def test_the_chunked_loss_trains_every_kind_of_head(
-    settings: dict[str, Any], small_config: dict[str, Any]
-) -> None:
-    """It puts gradients in the place of logits: no backward of a head may need these."""
-    model = same_in_ours(small_config, transformers_model(small_config))
-    add_lora(model, LoraConfig(rank=4, **settings))
-    moved(model)
-    loss = torch.nn.functional.cross_entropy(model(IDS)[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
-    loss.backward()
-    expected = {name: gradient.clone() for name, gradient in gradients(model).items()}
-    model.zero_grad()
-    states, targets = labelled_positions(model.hidden_states(IDS), IDS)
-    total = backward_loss(model.head, states, targets, 320, scale=1 / len(targets))
-    torch.testing.assert_close(total.item() / len(targets), loss.item(), rtol=1e-5, atol=1e-5)
-    for name, gradient in gradients(model).items():
-        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-6)
-
-
-def test_embeddings_saved_beside_lora_replace_the_bases_as_in_peft(
-    small_config: dict[str, Any], tmp_path: Path
-) -> None:
-    """PEFT writes them where it takes the vocabulary for changed, without a word in the config."""
-    import peft
-
-    base = transformers_model(small_config)
-    ours = same_in_ours(small_config, base)
-    settings = {"target_modules": ["q_proj"], "init_lora_weights": False}
-    theirs = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **settings)).eval()
-    with torch.no_grad():
-        theirs.base_model.model.model.embed_tokens.weight.add_(0.1)
-    theirs.save_pretrained(tmp_path, save_embedding_layers=True)
-    load_adapter(ours, tmp_path)
-    torch.testing.assert_close(ours(IDS), theirs(IDS).logits, rtol=1e-4, atol=1e-5)
-
-
-def test_norms_of_dora_are_kept_in_evaluation_only(small_config: dict[str, Any]) -> None:
-    model = same_in_ours(small_config, transformers_model(small_config))
+def test_norms_of_dora_are_kept_in_evaluation_only(biased_config: dict[str, Any]) -> None:
+    model = same_in_ours(biased_config, transformers_model(biased_config))
     add_lora(model, LoraConfig(rank=4, dora=True))
     moved(model)
     with torch.no_grad():
@@ -489,9 +276,9 @@ def test_a_row_of_zeros_has_no_direction_and_does_no_harm() -> None:
     ],
 )
 def test_options_that_cannot_be_are_refused(
-    settings: dict[str, Any], message: str, small_config: dict[str, Any]
+    settings: dict[str, Any], message: str, biased_config: dict[str, Any]
 ) -> None:
-    model = CausalLM(ModelConfig.from_dict(small_config))
+    model = CausalLM(ModelConfig.from_dict(biased_config))
     with pytest.raises(TrainError, match=message):
         add_lora(model, LoraConfig(**settings))
     assert not has_adapter(model)
