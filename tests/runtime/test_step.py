@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from byte_tokenizer import ByteTokenizer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nf4.data.batches import Batch, make_batch
 from nf4.data.dataset import Example
-from nf4.data.encode import TextEncoder
 from nf4.errors import TrainError
 from nf4.lora import LoraConfig, add_lora, lora_layers
 from nf4.model.config import ModelConfig
@@ -206,16 +206,6 @@ def test_loss_scale_grows_shrinks_gives_up_and_travels(make_model: Callable[...,
     other.load_state_dict(saved)
     assert other.loss_scale == LossScale(2.0**9, 3)
     torch.optim.AdamW(trained(make_model(torch.float16))).load_state_dict(saved)  # torch minds it not
-
-
-class ByteTokenizer(TextEncoder):
-    """One id a byte, BOS in front."""
-
-    bos_id: int | None = 1
-    eos_ids: tuple[int, ...] = (2,)
-
-    def encode(self, text: str, special: bool = True) -> list[int]:
-        return [1] * special + [3 + byte for byte in text.encode()]
 
 
 @pytest.fixture

@@ -7,15 +7,16 @@ import math
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
+from byte_tokenizer import ByteTokenizer
 
 from nf4.adapters import load_adapter
 from nf4.data.batches import make_batch
-from nf4.data.encode import TextEncoder
 from nf4.data.options import DataOptions
 from nf4.data.reading import load_dataset
 from nf4.errors import TrainError
@@ -33,16 +34,6 @@ from nf4.training.step import train_step
 from nf4.training.train import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-class ByteTokenizer(TextEncoder):
-    """One id a byte, BOS in front."""
-
-    bos_id: int | None = 1
-    eos_ids: tuple[int, ...] = (2,)
-
-    def encode(self, text: str, special: bool = True) -> list[int]:
-        return [1] * special + [3 + byte for byte in text.encode()]
 
 
 TOKENIZER = ByteTokenizer()
@@ -65,10 +56,6 @@ def options(tmp_path: Path) -> TrainOptions:
     )
 
 
-def changed(options: TrainOptions, **changes: Any) -> TrainOptions:
-    return TrainOptions(**{**{k: getattr(options, k) for k in options.__dataclass_fields__}, **changes})
-
-
 def read_log(options: TrainOptions) -> list[dict[str, Any]]:
     return [json.loads(line) for line in options.log_path.read_text().splitlines()]
 
@@ -84,7 +71,7 @@ def weights(options: TrainOptions) -> bytes:
 def test_learns_logs_and_saves_what_it_learned(
     make_model: Callable[[], CausalLM], options: TrainOptions
 ) -> None:
-    options = changed(options, steps=30, eval_fraction=0.2, eval_every=10)
+    options = replace(options, steps=30, eval_fraction=0.2, eval_every=10)
     model, said = make_model(), []
     summary = train(model, TOKENIZER, options, say=said.append)
     assert list(summary.evaluations) == [0, 10, 20, 30]
@@ -120,12 +107,12 @@ def test_learns_logs_and_saves_what_it_learned(
 def test_same_seed_same_run_bit_for_bit_whatever_the_paging(
     make_model: Callable[[], CausalLM], options: TrainOptions, tmp_path: Path
 ) -> None:
-    options = changed(options, lora=LoraConfig(rank=4, alpha=8, dropout=0.2))
+    options = replace(options, lora=LoraConfig(rank=4, alpha=8, dropout=0.2))
     results = []
     for number, changes in enumerate(
         ({}, {}, {"page_budget": 4000, "page_file": tmp_path / "pages"}, {"seed": 1})
     ):
-        run = changed(options, out=tmp_path / f"run{number}", **changes)
+        run = replace(options, out=tmp_path / f"run{number}", **changes)
         torch.manual_seed(number)  # nothing may depend on the state outside
         said: list[str] = []
         train(make_model(), TOKENIZER, run, say=said.append)
@@ -178,7 +165,7 @@ def test_eight_batches_of_one_equal_one_batch_of_eight(
         data[0].write_text("\n".join(lines))
     losses = []
     for batch, accumulate in ((8, 1), (1, 8), (3, 3)):
-        run = changed(
+        run = replace(
             options, data=data, batch=batch, accumulate=accumulate, out=tmp_path / f"run{batch}", steps=4
         )
         train(make_model(), TOKENIZER, run)
@@ -190,10 +177,10 @@ def test_eight_batches_of_one_equal_one_batch_of_eight(
 def test_checkpointing_changes_nothing(
     make_model: Callable[[], CausalLM], options: TrainOptions, tmp_path: Path
 ) -> None:
-    options = changed(options, lora=LoraConfig(rank=4, alpha=8, dropout=0.3))
+    options = replace(options, lora=LoraConfig(rank=4, alpha=8, dropout=0.3))
     adapters = set()
     for name in ("plain", "checkpointing", "offload_checkpoints"):
-        run = changed(options, out=tmp_path / name, **({} if name == "plain" else {name: True}))
+        run = replace(options, out=tmp_path / name, **({} if name == "plain" else {name: True}))
         model = make_model()
         train(model, TOKENIZER, run)
         assert not (model.passes.gradient_checkpointing or model.passes.offload_checkpoints)
@@ -260,7 +247,7 @@ def test_signal_finishes_the_step_saves_and_stops(
         return real(*args, step=step, **kwargs)
 
     monkeypatch.setattr(run_module, "train_step", interrupted)
-    summary = train(make_model(), TOKENIZER, changed(options, eval_fraction=0.2))
+    summary = train(make_model(), TOKENIZER, replace(options, eval_fraction=0.2))
     assert (summary.steps, summary.stopped_by) == (2, number.name)
     assert [record["step"] for record in read_log(options)] == [0, 1, 2]
     load_adapter(make_model(), options.out)
@@ -298,7 +285,7 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_last_save(
         return real(*args, step=step, **kwargs)
 
     monkeypatch.setattr(run_module, "train_step", poisoned)
-    options = changed(options, save_every=3, page_budget=4000, page_file=options.out.with_name("pages"))
+    options = replace(options, save_every=3, page_budget=4000, page_file=options.out.with_name("pages"))
     problem = r"step 4: the loss, micro-batch 1 of 2, is not finite, got nan from .*text.txt, example \d+; "
     with pytest.raises(TrainError, match=problem):
         train(model, TOKENIZER, options)
@@ -333,7 +320,7 @@ def test_bad_options_are_told_and_leave_nothing(
     changes: dict[str, Any], message: str, make_model: Callable[[], CausalLM], options: TrainOptions
 ) -> None:
     with pytest.raises(TrainError, match=message):
-        train(make_model(), TOKENIZER, changed(options, **changes))
+        train(make_model(), TOKENIZER, replace(options, **changes))
     assert [path.name for path in options.out.parent.iterdir()] == ["text.txt"]
 
 
@@ -345,6 +332,6 @@ def test_existing_output_is_refused_unless_forced(
     with pytest.raises(TrainError, match=r"adapter: exists already; choose another name or pass --force"):
         train(make_model(), TOKENIZER, options)
     assert (weights(options), options.log_path.read_bytes()) == (first, log)
-    train(make_model(), TOKENIZER, changed(options, force=True, seed=5))
+    train(make_model(), TOKENIZER, replace(options, force=True, seed=5))
     assert weights(options) != first
     assert len(read_log(options)) == options.steps

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from byte_tokenizer import ByteTokenizer
 
-from nf4.data.encode import TextEncoder
 from nf4.errors import TrainError
 from nf4.lora import LoraConfig, add_lora, lora_layers
 from nf4.model.decoder import CausalLM
@@ -31,16 +31,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 TEXT = "the quick brown fox jumps over the lazy dog; " * 30
 MakeModel = Callable[[], CausalLM]
-
-
-class ByteTokenizer(TextEncoder):
-    """One id a byte, BOS in front."""
-
-    bos_id: int | None = 1
-    eos_ids: tuple[int, ...] = (2,)
-
-    def encode(self, text: str, special: bool = True) -> list[int]:
-        return [1] * special + [3 + byte for byte in text.encode()]
 
 
 @pytest.fixture
