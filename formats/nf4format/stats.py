@@ -12,15 +12,16 @@ to y. Weights that read the same x (q, k and v of a layer; gate and up) share an
 A file says which weights it is of, by name and by the SHA-256 of their bytes in the checkpoint, so that
 statistics of another model are refused weight by weight; the XXH3-64 of each tensor is in its metadata, and
 compared when the tensor is read. Several files go together: other layers, or other data for the same ones,
-which are averaged by their numbers of tokens.
+which are averaged by their numbers of tokens. `stats_merge` makes one file of them.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -39,17 +40,22 @@ from .tensorfile import begin_tensors, plan_tensors, write_header
 FORMAT: Final = "nf4.stats"
 VERSION: Final = "1"
 MAX_FEATURES: Final = 1 << 20
+_MOST_TOKENS: Final = 10**15
 _SUM_DIGITS: Final = 16  # of each tensor's sum, hexadecimal, in the order of the tensors' offsets
 _REMEDY: Final = "collect the statistics again with nf4 calibrate"
 
 
 @dataclass(frozen=True)
 class EntrySpec:
-    """One x: its number of features, and the weights [n, features] that read it, name -> SHA-256."""
+    """One x: its number of features, and the weights [n, features] that read it, name -> SHA-256.
+
+    tokens: over which its means are taken; None = as the whole file.
+    """
 
     name: str
     features: int
     weights: Mapping[str, str]
+    tokens: int | None = None
 
 
 class StatsWriter:
@@ -69,7 +75,7 @@ class StatsWriter:
         """Args:
         entries: all there will be.
         metadata: what else is worth knowing, such as the fingerprint of the data; values are strings.
-        tokens: over which means are taken.
+        tokens: over which means are taken, of entries that do not say.
         full: with moments.
         cross: with cross moments.
         """
@@ -80,9 +86,11 @@ class StatsWriter:
                 tensors[f"{entry.name}.moment"] = ("F32", (entry.features * (entry.features + 1) // 2,))
             if cross:
                 tensors[f"{entry.name}.cross"] = ("F32", (entry.features, entry.features))
-        described = {
-            entry.name: {"features": entry.features, "weights": dict(entry.weights)} for entry in entries
-        }
+        described: dict[str, dict[str, Any]] = {}
+        for entry in entries:
+            described[entry.name] = {"features": entry.features, "weights": dict(entry.weights)}
+            if entry.tokens not in (None, tokens):
+                described[entry.name]["tokens"] = entry.tokens
         known = {
             FORMAT: VERSION,
             f"{FORMAT}.entries": json.dumps(described, sort_keys=True, separators=(",", ":")),
@@ -120,14 +128,15 @@ class StatsWriter:
     def put(self, name: str, moment: np.ndarray, cross: np.ndarray | None = None) -> None:
         """Write an entry from its moment, float32 [k, k] or only its diagonal [k], and its cross moment."""
         diagonal = moment if moment.ndim == 1 else np.diagonal(moment)
-        self._write(f"{name}.diagonal", [np.ascontiguousarray(diagonal, np.float32)])
+        self.write(f"{name}.diagonal", [np.ascontiguousarray(diagonal, np.float32)])
         if f"{name}.moment" in self._plan.entries:
             rows = (np.ascontiguousarray(moment[row, row:], np.float32) for row in range(len(moment)))
-            self._write(f"{name}.moment", rows)
+            self.write(f"{name}.moment", rows)
         if cross is not None:
-            self._write(f"{name}.cross", [np.ascontiguousarray(cross, np.float32)])
+            self.write(f"{name}.cross", [np.ascontiguousarray(cross, np.float32)])
 
-    def _write(self, tensor: str, parts: Iterable[np.ndarray]) -> None:
+    def write(self, tensor: str, parts: Iterable[np.ndarray]) -> None:
+        """Write one tensor, float32, from consecutive parts."""
         position, hashed = self._plan.entries[tensor].begin, xxhash.xxh3_64()
         for part in parts:
             self._file.pwrite(part.data, position)
@@ -146,12 +155,12 @@ class WeightStats:
         has_moment, has_cross: whether these are there.
     """
 
-    def __init__(self, parts: list[tuple[_File, str]], weight: str) -> None:
+    def __init__(self, parts: list[tuple[StatsFile, str]], weight: str) -> None:
         self._parts = parts
         described = [file.entries[entry] for file, entry in parts]
         self.features: int = described[0]["features"]
         self.sha256: str = described[0]["weights"][weight]
-        self.tokens = sum(file.tokens for file, _ in parts)
+        self.tokens = sum(file.tokens_of(entry) for file, entry in parts)
         for (file, _), other in zip(parts, described, strict=True):
             if (other["features"], other["weights"][weight]) != (self.features, self.sha256):
                 raise FormatError(
@@ -190,7 +199,7 @@ class WeightStats:
             values = file.read(f"{entry}.{kind}", shape)
             if total is None and len(self._parts) == 1:
                 return values
-            values *= np.float32(file.tokens / self.tokens)
+            values *= np.float32(file.tokens_of(entry) / self.tokens)
             total = values if total is None else np.add(total, values, out=total)
         assert total is not None
         return total
@@ -205,12 +214,12 @@ class Stats:
         Raises:
             FormatError: not a file of statistics, a damaged one, or files of different models.
         """
-        self._files: list[_File] = []
+        self._files: list[StatsFile] = []
         self.weights: dict[str, WeightStats] = {}
         try:
-            parts: dict[str, list[tuple[_File, str]]] = defaultdict(list)
+            parts: dict[str, list[tuple[StatsFile, str]]] = defaultdict(list)
             for path in paths:
-                file = _File(Path(path))
+                file = StatsFile(Path(path))
                 self._files.append(file)
                 for entry, described in file.entries.items():
                     for weight in described["weights"]:
@@ -232,18 +241,20 @@ class Stats:
 
     def metadata(self) -> list[dict[str, str]]:
         """What each file says about itself, without the description of its entries and their sums."""
-        return [
-            {
-                key.removeprefix(f"{FORMAT}."): value
-                for key, value in file.header.metadata.items()
-                if key.startswith(f"{FORMAT}.") and key not in (f"{FORMAT}.entries", f"{FORMAT}.xxh3")
-            }
-            for file in self._files
-        ]
+        return [file.own_metadata() for file in self._files]
 
 
-class _File:
+class StatsFile:
+    """One open file.
+
+    Attributes:
+        path, header: of the file.
+        tokens: over which means are taken, of entries that do not say.
+        entries: name -> {"features", "weights": name -> SHA-256, and perhaps "tokens"}.
+    """
+
     def __init__(self, path: Path) -> None:
+        """Raises FormatError: not a file of statistics, or a damaged one."""
         self.path = path
         self._fd = open_regular(path)
         try:
@@ -272,23 +283,48 @@ class _File:
     def has(self, tensor: str) -> bool:
         return tensor in self.header.entries
 
+    def tokens_of(self, entry: str) -> int:
+        """Over which the means of an entry are taken."""
+        return self.entries[entry].get("tokens", self.tokens)
+
+    def own_metadata(self) -> dict[str, str]:
+        """What the file says about itself, without the description of its entries and their sums."""
+        known = (f"{FORMAT}.entries", f"{FORMAT}.xxh3")
+        return {
+            key.removeprefix(f"{FORMAT}."): value
+            for key, value in self.header.metadata.items()
+            if key.startswith(f"{FORMAT}.") and key not in known
+        }
+
     def read(self, tensor: str, shape: tuple[int, ...]) -> np.ndarray:
         """float32, held to its sum and to be finite."""
-        values = np.empty(shape, np.float32)
-        pread_into(self._fd, values.data.cast("B"), self.header.entries[tensor].begin, self.path)
-        found = xxhash.xxh3_64_hexdigest(values.data)
-        if found != self._sums[tensor]:
-            raise FormatError(
-                self.path,
-                "damaged",
-                tensor=tensor,
-                expected=f"XXH3-64 {self._sums[tensor]}",
-                got=found,
-                remedy=_REMEDY,
-            )
-        if not np.isfinite(values).all():
-            raise FormatError(self.path, "NaN or infinity", tensor=tensor, remedy=_REMEDY)
-        return values
+        (values,) = self.pieces(tensor, math.prod(shape))
+        return values.reshape(shape)
+
+    def pieces(self, tensor: str, size: int) -> Iterator[np.ndarray]:
+        """Flat float32 pieces of so many values (the last of fewer), held to be finite.
+
+        Raises:
+            FormatError: NaN or infinity; in the place of the last piece, if the sum does not agree.
+        """
+        entry, hashed = self.header.entries[tensor], xxhash.xxh3_64()
+        for begin in range(entry.begin, entry.end, 4 * size):
+            values = np.empty(min(size, (entry.end - begin) // 4), np.float32)
+            pread_into(self._fd, values.data.cast("B"), begin, self.path)
+            hashed.update(values.data)
+            is_last = begin + values.nbytes == entry.end
+            if is_last and hashed.hexdigest() != self._sums[tensor]:
+                raise FormatError(
+                    self.path,
+                    "damaged",
+                    tensor=tensor,
+                    expected=f"XXH3-64 {self._sums[tensor]}",
+                    got=hashed.hexdigest(),
+                    remedy=_REMEDY,
+                )
+            if not np.isfinite(values).all():
+                raise FormatError(self.path, "NaN or infinity", tensor=tensor, remedy=_REMEDY)
+            yield values
 
     def _checked_tokens(self, metadata: Mapping[str, str]) -> int:
         text = metadata.get(f"{FORMAT}.tokens", "")
@@ -322,9 +358,10 @@ class _File:
         for name, described in entries.items():
             if (
                 not isinstance(described, dict)
-                or set(described) != {"features", "weights"}
+                or set(described) - {"tokens"} != {"features", "weights"}
                 or type(described["features"]) is not int
                 or not 0 < described["features"] <= MAX_FEATURES
+                or not _is_count(described.get("tokens", 1))
                 or not isinstance(described["weights"], dict)
                 or not all(isinstance(value, str) for value in described["weights"].values())
             ):
@@ -345,3 +382,7 @@ class _File:
                         self.path, tensor=tensor, expected=f"F32 {list(shape)}", got=got, remedy=_REMEDY
                     )
         return entries
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 < value < _MOST_TOKENS

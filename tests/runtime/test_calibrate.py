@@ -197,6 +197,50 @@ def test_command_and_its_file_in_the_compiler(
     assert summary.output_ratio < 0.8
 
 
+def test_merged_statistics_are_those_of_both_texts_at_once(
+    make_model: Callable[..., Path], tmp_path: Path, tokenizer_json: bytes
+) -> None:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_str(tokenizer_json.decode())
+    texts = []
+    for number, words in enumerate((["the", "cat", "sat"], ["dog", "and", "frog", "too"])):
+        content = "the"
+        while len(texts) == number:  # whole windows, so that the cut does not shift behind the first text
+            content += " " + words[len(content) % len(words)]
+            if len(content) > 400 and len(tokenizer.encode(content).ids) % 23 == 0:
+                texts.append(tmp_path / f"{number}.txt")
+                texts[-1].write_text(content)
+    folder, run = make_model(dtype="float32"), CliRunner()
+    fixed = ["--full", "--seq-len", 24, "--separator", "", "--threads", 1]
+    for name, data in (("a", texts[:1]), ("b", texts[1:]), ("both", texts)):
+        given = [item for text in data for item in ("--data", text)]
+        words = ["calibrate", folder, *given, *fixed, "--out", tmp_path / name]
+        run.invoke(group, [str(word) for word in words], catch_exceptions=False)
+    words = ["calibrate", "--merge", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "merged"]
+    result = run.invoke(group, [str(word) for word in words], catch_exceptions=False)
+    assert "13 entries of 2 files" in result.output
+    with Stats([tmp_path / "merged"]) as merged, Stats([tmp_path / "both"]) as both:
+        assert merged.weights.keys() == both.weights.keys()
+        for name, known in merged.weights.items():
+            other = both.weights[name]
+            assert (known.tokens, known.sha256) == (other.tokens, other.sha256)
+            np.testing.assert_allclose(known.moment(), other.moment(), rtol=1e-4, atol=1e-6, err_msg=name)
+    stats = (str(tmp_path / "merged"),)
+    compile_checkpoint(folder, tmp_path / "out.nf4", CompileOptions(level=2, stats=stats, verify=True))
+
+
+def test_options_that_do_not_go_with_merging(tmp_path: Path) -> None:
+    for arguments, message in (
+        (["a", "b", "--out", "c"], "several files of statistics go with --merge"),
+        (["a", "--out", "c"], "Missing option '--data'"),
+        (["--merge", "a", "--data", "t", "--out", "c"], "--merge takes files of statistics and --out alone"),
+    ):
+        result = CliRunner().invoke(group, ["calibrate", *arguments])
+        assert result.exit_code == 2
+        assert message in result.output
+
+
 def test_the_compilers_adapter_runs_here_and_in_peft(
     make_model: Callable[..., Path], text: Path, tmp_path: Path
 ) -> None:

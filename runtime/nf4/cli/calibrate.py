@@ -14,6 +14,7 @@ Examples:
   nf4 calibrate Llama-3.1-8B --data texts.txt --full --out stats.safetensors
   nf4 calibrate Llama-3.1-8B --data a.txt --data b.txt --full --layers 0:8 --out first.safetensors
   nf4 calibrate Llama-3.1-8B --with llama.nf4 --data texts.txt --out second.safetensors
+  nf4 calibrate --merge first.safetensors rest.safetensors --out stats.safetensors
 """
 
 
@@ -33,10 +34,8 @@ class _Layers(click.ParamType[tuple[int, int | None]]):
 
 
 @click.command(epilog=_EXAMPLES, context_settings={"show_default": True})
-@click.argument("model", type=click.Path(path_type=Path))
-@click.option(
-    "--data", multiple=True, required=True, type=click.Path(path_type=Path), help="Text; repeatable."
-)
+@click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="MODEL")
+@click.option("--data", multiple=True, type=click.Path(path_type=Path), help="Text; repeatable.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="File of statistics to write.")
 @click.option(
     "--full",
@@ -49,6 +48,11 @@ class _Layers(click.ParamType[tuple[int, int | None]]):
     type=click.Path(path_type=Path),
     metavar="PACKED.nf4",
     help="Second pass: run this packed file of the same model beside the original; implies --full.",
+)
+@click.option(
+    "--merge",
+    is_flag=True,
+    help="Merge files of statistics, given in the place of MODEL: other texts, other layers, or both.",
 )
 @click.option("--layers", type=_Layers(), help="Measure a range of layers, such as 0:8.  [default: all]")
 @click.option("--tokens", type=click.IntRange(1), default=262_144, help="The most tokens to run.")
@@ -68,11 +72,12 @@ class _Layers(click.ParamType[tuple[int, int | None]]):
 )
 def command(
     *,
-    model: Path,
+    sources: tuple[Path, ...],
     data: tuple[Path, ...],
     out: Path,
     full: bool,
     packed: Path | None,
+    merge: bool,
     layers: tuple[int, int | None] | None,
     tokens: int,
     seq_len: int | None,
@@ -89,6 +94,16 @@ def command(
     run through it layer by layer; for each linear layer the second moments of what it reads are written.
     Take text like that which the model will see, and measure the result on other text.
     """
+    if merge:
+        if data or full or packed or layers:
+            raise click.UsageError("--merge takes files of statistics and --out alone")
+        _merge(sources, out, force=force, json_path=json_path)
+        return
+    if len(sources) != 1:
+        raise click.UsageError("give one MODEL; several files of statistics go with --merge")
+    if not data:
+        raise click.UsageError("Missing option '--data'.")
+    model = sources[0]
     import torch
     from tqdm import tqdm
 
@@ -133,4 +148,32 @@ def command(
     click.echo(f"{out}: {facts['bytes']:,} bytes, {result.entries} entries")
     click.echo(f"  layers  {result.layers.start} to {result.layers.stop - 1}")
     click.echo(f"  tokens  {result.tokens:,} in {result.windows} windows of {result.seq_len}")
+    click.echo(f"  time    {facts['seconds']:.1f} s")
+
+
+def _merge(sources: tuple[Path, ...], out: Path, *, force: bool, json_path: str | None) -> None:
+    from tqdm import tqdm
+
+    from nf4format.stats_merge import merge_stats
+
+    started = time.perf_counter()
+    with tqdm(unit="entry", desc="merge", leave=False, disable=None) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        result = merge_stats(sources, out, overwrite=force, progress=show)
+    facts = {
+        "out": str(out),
+        "merged": [str(source) for source in sources],
+        "entries": result.entries,
+        "tokens": result.tokens,
+        "bytes": out.stat().st_size,
+        "seconds": time.perf_counter() - started,
+    }
+    if json_path and write_json(json_path, facts):
+        return
+    click.echo(f"{out}: {facts['bytes']:,} bytes, {result.entries} entries of {len(sources)} files")
+    click.echo(f"  tokens  {result.tokens:,} at most")
     click.echo(f"  time    {facts['seconds']:.1f} s")
