@@ -21,6 +21,8 @@ FORBIDDEN = {
     "qcompile": {"nf4", "torch", "transformers"},
     "nf4": {"qcompile"},
 }
+# Work with torch on a GPU: imported by functions, once a GPU is asked for.
+WITH_TORCH = {f"qcompile.{name}" for name in ("absorb_cuda", "feedback_cuda", "rounder_cuda")}
 # The extras: nothing in the three packages may need them to be imported.
 EXTRAS = {"transformers", "peft", "bitsandbytes", "accelerate", "scipy", "pyarrow"}
 EXTRAS |= {"matplotlib", "yaml", "tomli", "wandb", "tensorboard"}
@@ -44,6 +46,7 @@ def test_imports_cross_borders_one_way(package: str) -> None:
         for path in files
         for line, name in imported_packages(path.read_text(encoding="utf-8"))
         if name in FORBIDDEN[package] | EXTRAS or (name == package)  # inside a package, imports are relative
+        if not (name == "torch" and f"{package}.{path.stem}" in WITH_TORCH)
     ]
     assert not wrong
 
@@ -61,6 +64,7 @@ def test_importing_the_offline_side_does_not_load_torch(package: str) -> None:
         )
         for path in sorted(PACKAGES[package].rglob("*.py"))
     ]
+    modules = [module for module in modules if module not in WITH_TORCH]
     code = f"import {', '.join(modules)}, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

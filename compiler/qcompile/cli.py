@@ -129,8 +129,8 @@ Examples:
     "--device",
     type=click.Choice(DEVICES),
     default=CompileOptions.device,
-    help="Where -O0 and -O1 encode; the bytes are the same. auto: on an NVIDIA GPU if there is one that "
-    "serves.",
+    help="Where to encode. -O0 and -O1: the bytes are the same; -O2 and -O3: the quality. auto: on an NVIDIA "
+    "GPU if there is one that serves.",
 )
 @click.option("-j", "--jobs", type=click.IntRange(min=1), show_default="all cores", help="Threads to use.")
 @click.option(

@@ -81,8 +81,8 @@ class Journal:
             if self._left and self._left[0].get("plan") != key:
                 raise CompileError(
                     file.path,
-                    "what an earlier run left was made from other weights, with other options or by another "
-                    "version",
+                    "what an earlier run left was made from other weights, with other options, on another "
+                    "device or by another version",
                     remedy="give what that run was given, or begin anew without --resume",
                 )
 
@@ -204,8 +204,11 @@ class Journal:
         return [[begin, end, f"{value:016x}"] for (begin, end), value in zip(ranges, sums, strict=True)]
 
 
-def plan_key(checkpoint: Checkpoint, plan: Plan, options: CompileOptions) -> str:
-    """SHA-256 (hex) of all that decides bytes; weights and statistics by sizes and times of their files."""
+def plan_key(checkpoint: Checkpoint, plan: Plan, options: CompileOptions, device: str) -> str:
+    """SHA-256 (hex) of all that decides bytes; weights and statistics by sizes and times of their files.
+
+    `device`: what rounds by statistics, if anything is: devices round differently.
+    """
     stats = [Path(path).stat() for path in options.stats]
     parts = {
         "header": hashlib.sha256(plan.layout.header_bytes()).hexdigest(),  # options and version are in it
@@ -213,6 +216,7 @@ def plan_key(checkpoint: Checkpoint, plan: Plan, options: CompileOptions) -> str
         "files": {name: hashlib.sha256(content).hexdigest() for name, content in checkpoint.files.items()},
         "shards": checkpoint.sizes_and_times(),
         "stats": [(status.st_size, status.st_mtime_ns) for status in stats],
+        "device": device if stats else "any",
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

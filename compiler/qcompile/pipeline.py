@@ -33,7 +33,7 @@ from nf4format.stats import Stats
 
 from .absorb import write_corrections
 from .calibrated import Encoders
-from .device import open_encoder
+from .device import open_device
 from .emit import Emitted, Progress, emit_files, emit_tensors
 from .errors import CompileError, EvaluationError
 from .evaluation import Evaluation, Judge, Watch
@@ -64,9 +64,10 @@ def compile_checkpoint(
     """Compile a checkpoint directory into one .nf4 file.
 
     The bytes of the output depend on the weights, the embedded files, the recorded options and the version
-    of this package; not on the device, the number of jobs, the shards, directories, locale or time. Memory
-    does not grow with the model: a chunk for each job (three more on the way through a GPU), the scales of
-    the tensors at work, and the embedded files.
+    of this package; not on the number of jobs, the shards, directories, locale or time, and on the device
+    from level 2 on only. Memory does not grow with the model: a chunk for each job (three more on the way
+    through a GPU), the scales of the tensors at work, and the embedded files; from level 2 on also a weight,
+    its statistics and a few matrices of their sizes (if these are on a GPU, three of the former two).
 
     Args:
         model_dir: Hugging Face directory: config.json, *.safetensors, tokenizer files.
@@ -93,8 +94,9 @@ def compile_checkpoint(
         others = stack.enter_context(Stats(options.held_out))
         plan = make_plan(checkpoint, options)
         _check_output(Path(out), checkpoint, options)
-        data_free = stack.enter_context(open_encoder(options, jobs, tell))
-        encoders = Encoders(plan, options, stats, data_free)
+        device = stack.enter_context(ExitStack())
+        encoding = device.enter_context(open_device(options, jobs, tell))
+        encoders = Encoders(plan, options, stats, encoding.data_free, encoding.rounder)
         judge = Judge(model_dir, options, tell, watch) if options.eval_texts else None
         if judge:
             judge.measure_below(
@@ -103,7 +105,8 @@ def compile_checkpoint(
                 lambda path, below: compile_checkpoint(model_dir, path, below, progress, tell),
             )
         with ResumableFile(out, overwrite=options.force, resume=options.resume, keep=options.resume) as file:
-            journal = Journal(file, plan_key(checkpoint, plan, options), plan)
+            key = plan_key(checkpoint, plan, options, encoding.rounder.device)
+            journal = Journal(file, key, plan)
             file.preallocate(plan.layout.file_bytes)
             file.pwrite(bytes(PREFIX_BYTES), 0)  # no reader accepts it, if an earlier run had come so far
             with journal, _forgetting(file, checkpoint):
@@ -120,6 +123,7 @@ def compile_checkpoint(
                         note=lambda name, tensor: journal.add(name, tensor, encoders.output_error(name)),
                         progress=progress,
                     )
+                    device.close()  # its memory is for whoever evaluates
                     checkpoint.check_unchanged()
                     emit_files(checkpoint, plan, file)
                     sha256 = _source_sha256(checkpoint, plan, emitted)

@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "bindings_feedback.h"
 #include "encoder.h"
 
 namespace py = pybind11;
@@ -114,4 +115,5 @@ PYBIND11_MODULE(_cuda_encode, m) {
       .def("memory", &memory, "slot"_a)
       .def("finish", &finish, "slot"_a);
   m.def("devices", &devices);
+  bind_feedback(m);
 }

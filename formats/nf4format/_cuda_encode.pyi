@@ -37,5 +37,62 @@ class ChunkEncoder:
         float32); nested_absmax float32 [ceil(n / 16384)] if searched.
         """
 
+class Feedback:
+    """Steps of rounding by what layers read, for one table of levels, on float32 matrices in device memory,
+    on a stream (csrc/cuda/feedback.cuh, search_weighted.cuh).
+    """
+
+    def __init__(self, device: int, levels: int, thresholds: int) -> None:
+        """levels float32 [16] and thresholds float32 [15], in host memory."""
+
+    def search(
+        self,
+        values: int,
+        n: int,
+        weights: int,
+        period: int,
+        absmax: int,
+        nested_absmax: int,
+        stream: int,
+    ) -> None:
+        """As nf4format.blocks.scale_search; values: zeros from n up to the last block's end."""
+
+    def carry(
+        self,
+        weight: int,
+        rest: int,
+        factor: int,
+        order: int,
+        scales: int,
+        codes: int,
+        residual: int,
+        errors: int,
+        n: int,
+        factor_stride: int,
+        width: int,
+        scale_shift: int,
+        stream: int,
+    ) -> None:
+        """Round up to 128 columns, each one's error carried to those behind it. order: int64 [width]. Scales
+        of column c: row c >> scale_shift."""
+
+    def descend(
+        self,
+        weight: int,
+        slope: int,
+        moment: int,
+        nested: int,
+        entries: int,
+        scales: int,
+        codes: int,
+        residual: int,
+        change: int,
+        n: int,
+        moment_stride: int,
+        width: int,
+        stream: int,
+    ) -> None:
+        """Coordinate descent over up to 64 columns. nested 0: scales [width, n] stay."""
+
 def devices() -> list[int]:
     """Compute capability of each GPU, 10 * major + minor."""

@@ -174,13 +174,18 @@ class WeightStats:
         self.has_moment = all(file.has(f"{entry}.moment") for file, entry in parts)
         self.has_cross = all(file.has(f"{entry}.cross") for file, entry in parts)
 
+    @property
+    def origin(self) -> tuple[tuple[str, str], ...]:
+        """Files and entries it is read from; weights that read the same x have the same."""
+        return tuple((str(file.path), entry) for file, entry in self._parts)
+
     def diagonal(self) -> np.ndarray:
         """Mean of x_j^2, float32 [features]."""
         return self._mean("diagonal", (self.features,))
 
     def moment(self) -> np.ndarray:
         """Mean of x xT (after a second pass: y yT), float32 [features, features], symmetric."""
-        packed = self._mean("moment", (self.features * (self.features + 1) // 2,))
+        packed = self.packed_moment()
         matrix = np.empty((self.features, self.features), np.float32)
         position = 0
         for row in range(self.features):
@@ -188,6 +193,10 @@ class WeightStats:
             matrix[row, row:] = matrix[row:, row] = packed[position : position + length]
             position += length
         return matrix
+
+    def packed_moment(self) -> np.ndarray:
+        """The moment's upper triangle, row by row: float32 [features (features + 1) / 2]."""
+        return self._mean("moment", (self.features * (self.features + 1) // 2,))
 
     def cross(self) -> np.ndarray:
         """Mean of x yT, float32 [features, features]."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,41 +12,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from calibrated_cases import NAMES, SHAPES, collect, inputs, moment_of, weight
 from safetensors import safe_open
 
 from nf4format.adapter import read_adapter
 from nf4format.blocks import dequantize, quantize
 from nf4format.codebook import BLOCK, NESTED_BLOCK, NESTED_MAP, NF4_LEVELS
 from nf4format.container import Nf4File
-from nf4format.stats import EntrySpec, StatsWriter
 from qcompile import absorb, emit, feedback
-from qcompile.calibrated import decoded
 from qcompile.errors import CompileError
 from qcompile.options import CompileOptions
 from qcompile.pipeline import compile_checkpoint
 from qcompile.report import write_report
+from qcompile.rounder import decoded
 
 Write = Callable[..., Path]
-NAMES = ("layers.0.q_proj.weight", "layers.0.k_proj.weight", "layers.0.down_proj.weight")
-SHAPES = ((96, 128), (64, 128), (128, 172))
-
-
-def inputs(features: int, tokens: int = 2000, seed: int = 0) -> np.ndarray:
-    """Correlated in one way, of uneven sizes: float64 [tokens, features]."""
-    rng = np.random.default_rng(1000)
-    mixing = rng.standard_normal((features // 4, features)) * np.exp(rng.standard_normal(features))
-    rng = np.random.default_rng(seed)
-    return rng.standard_normal((tokens, features // 4)) @ mixing + 0.3 * rng.standard_normal(
-        (tokens, features)
-    )
-
-
-def moment_of(x: np.ndarray) -> np.ndarray:
-    return (x.T @ x / len(x)).astype(np.float32)
-
-
-def weight(n: int, k: int, seed: int = 1) -> np.ndarray:
-    return (0.05 * np.random.default_rng(seed).standard_normal((n, k))).astype(np.float32)
 
 
 @pytest.mark.parametrize("shape", [(96, 128), (40, 172), (7, 100)])
@@ -151,40 +130,6 @@ def model(write_checkpoint: Write) -> Path:
         for name, shape in zip(NAMES, SHAPES, strict=True)
     }
     return write_checkpoint({**tensors, "norm.weight": torch.ones(128)})
-
-
-def collect(
-    model: Path,
-    out: Path,
-    *,
-    names: tuple[str, ...] = NAMES,
-    full: bool = True,
-    cross: bool = False,
-    seed: int = 0,
-) -> str:
-    """Statistics as `nf4 calibrate` writes them."""
-    groups = [(names[:2], 128), (names[2:], 172)] if len(names) == 3 else [(names, 128)]
-    with safe_open(model / "model.safetensors", "pt") as tensors:
-        sums = {
-            name: hashlib.sha256(tensors.get_tensor(name).view(torch.uint8).numpy().tobytes()).hexdigest()
-            for name in names
-        }
-    entries = [
-        EntrySpec(group[0], features, {name: sums[name] for name in group}) for group, features in groups
-    ]
-    with StatsWriter(
-        out, entries, {"data_sha256": f"{seed:064x}"}, tokens=1000, full=full, cross=cross, overwrite=True
-    ) as writer:
-        for entry in entries:
-            x = inputs(entry.features, 1000, seed)
-            y = x + 0.1 * np.random.default_rng(seed).standard_normal(x.shape)
-            moment = moment_of(y if cross else x)
-            writer.put(
-                entry.name,
-                moment if full else np.ascontiguousarray(np.diagonal(moment)),
-                (x.T @ y / len(x)).astype(np.float32) if cross else None,
-            )
-    return str(out)
 
 
 def test_compilation_at_level_2(model: Path, tmp_path: Path) -> None:

@@ -1,0 +1,111 @@
+// Kernels of -O2 and -O3; see feedback.cuh and search_weighted.cuh.
+#include "feedback.cuh"
+#include "feedback.h"
+#include "search_weighted.cuh"
+
+namespace nf4 {
+namespace {
+
+// One warp a thread block: there are few rows for the many processors, and shared memory goes round.
+constexpr int kRows = 32;
+constexpr int kSearchThreads = static_cast<int>(kNestedBlock);
+
+template <typename Tables>
+__device__ void copy_tables(const Tables* tables, Tables* shared, int threads) {
+  const auto* source = reinterpret_cast<const uint32_t*>(tables);
+  auto* target = reinterpret_cast<uint32_t*>(shared);
+  for (int i = threadIdx.x; i < static_cast<int>(sizeof(Tables) / 4); i += threads) target[i] = source[i];
+}
+
+struct CarryMemory {
+  FeedbackTables tables;
+  float factor[kCarried * kCarried];  // transposed
+  float errors[kCarried * kRows];
+};
+
+__global__ void __launch_bounds__(kRows) carry(const FeedbackTables* tables, CarryArguments a) {
+  extern __shared__ float4 memory[];
+  CarryMemory& shared = *reinterpret_cast<CarryMemory*>(memory);
+  copy_tables(tables, &shared.tables, kRows);
+  for (int j = 0; j < a.width; ++j) {
+    for (int i = threadIdx.x; i < a.width; i += kRows)
+      shared.factor[i * kCarried + j] = a.factor[j * a.factor_stride + i];
+  }
+  __syncthreads();
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kRows + threadIdx.x;
+  if (row < a.n) carry_row(shared.tables, a, shared.factor, shared.errors + threadIdx.x, kRows, row);
+}
+
+__global__ void __launch_bounds__(kRows) descend(const FeedbackTables* tables, DescendArguments a) {
+  __shared__ FeedbackTables shared;
+  __shared__ float local[kBlock * kBlock], mine[kBlock * kRows], products[kBlock * kRows];
+  copy_tables(tables, &shared, kRows);
+  for (int i = 0; i < a.width; ++i) {
+    for (int j = threadIdx.x; j < a.width; j += kRows)
+      local[i * kBlock + j] = a.moment[i * a.moment_stride + j];
+  }
+  __syncthreads();
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kRows + threadIdx.x;
+  if (row < a.n) descend_row(shared, a, local, mine + threadIdx.x, products + threadIdx.x, kRows, row);
+}
+
+// A thread block for the 256 blocks that share a nested scale. One on each SM leaves a thread the registers
+// for its values and their weights.
+template <bool has_bins>
+__global__ void __launch_bounds__(kSearchThreads, 1)
+    search(const FeedbackTables* tables, SearchArguments a, int64_t num_blocks) {
+  __shared__ EncodeTables shared;
+  __shared__ unsigned largest_scale;  // as bits
+  copy_tables(&tables->encode, &shared, kSearchThreads);
+  if (threadIdx.x == 0) largest_scale = 0;
+  __syncthreads();
+  const int64_t block = static_cast<int64_t>(blockIdx.x) * kSearchThreads + threadIdx.x;
+  float absmax = 0.0f, scale = 0.0f, weights[kBlock];
+  int x[kBlock];
+  if (block < num_blocks) {
+    const void* const source = block_at(a.values, Dtype::float32, block);
+    absmax = from_bits(largest_bits(source, Dtype::float32));
+    load_fixed(source, Dtype::float32, absmax, x);
+    load_weights(a, block, weights);
+    scale = best_weighted_scale<has_bins>(shared, x, weights, absmax);
+    atomicMax(&largest_scale, bits(scale) & 0x7fffffffu);
+  }
+  __syncthreads();
+  const float nested_absmax = from_bits(largest_scale);
+  if (threadIdx.x == 0) a.nested_absmax[blockIdx.x] = nested_absmax;
+  if (block >= num_blocks) return;
+  a.absmax[block] =
+      static_cast<uint8_t>(best_weighted_entry<has_bins>(shared, x, weights, absmax, nested_absmax, scale));
+}
+
+unsigned thread_blocks(int64_t n, int threads) { return static_cast<unsigned>((n + threads - 1) / threads); }
+
+}  // namespace
+
+cudaError_t search_weighted(const FeedbackTables* tables, bool has_bins, const SearchArguments& arguments,
+                            cudaStream_t stream) {
+  const int64_t num_blocks = (arguments.n + kBlock - 1) / kBlock;
+  if (num_blocks == 0) return cudaSuccess;
+  const auto kernel = has_bins ? search<true> : search<false>;
+  kernel<<<thread_blocks(num_blocks, kSearchThreads), kSearchThreads, 0, stream>>>(tables, arguments,
+                                                                                   num_blocks);
+  return cudaGetLastError();
+}
+
+cudaError_t carry_errors(const FeedbackTables* tables, const CarryArguments& arguments, cudaStream_t stream) {
+  if (arguments.n == 0) return cudaSuccess;
+  const cudaError_t code =
+      cudaFuncSetAttribute(carry, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(CarryMemory));
+  if (code != cudaSuccess) return code;
+  carry<<<thread_blocks(arguments.n, kRows), kRows, sizeof(CarryMemory), stream>>>(tables, arguments);
+  return cudaGetLastError();
+}
+
+cudaError_t descend_block(const FeedbackTables* tables, const DescendArguments& arguments,
+                          cudaStream_t stream) {
+  if (arguments.n == 0) return cudaSuccess;
+  descend<<<thread_blocks(arguments.n, kRows), kRows, 0, stream>>>(tables, arguments);
+  return cudaGetLastError();
+}
+
+}  // namespace nf4
