@@ -86,15 +86,16 @@ def main() -> None:
     parser.add_argument("--shape", default="llama-2-7b", help="of whose layers; see tools/make_checkpoint.py")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each (default 5)")
     parser.add_argument(
-        "--options", nargs="+", default=["-O0", "-O1"], metavar="ARGS",
-        help='of qcompile, a row each, such as "-O1 --device cuda" (default: -O0 -O1)',
-    )  # fmt: skip
+        "--options",
+        default="-O0;-O1",
+        help='of qcompile, a row each: --options="-O1;-O1 --device cuda" (default: %(default)s)',
+    )
     parser.add_argument("--dir", type=Path, help="where to work (default: the system's temporary directory)")
     parser.add_argument("--json", type=Path, help="write the result there")
     args = parser.parse_args()
 
     copies: list[float] = []
-    compiles: dict[str, list[float]] = {options: [] for options in args.options}
+    compiles: dict[str, list[float]] = {options: [] for options in args.options.split(";")}
     peaks: list[int] = []
     with tempfile.TemporaryDirectory(prefix="nf4-bench-", dir=args.dir) as folder:
         model, copied, out = (Path(folder, name) for name in ("model", "copied", "out.nf4"))
