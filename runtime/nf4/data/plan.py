@@ -109,10 +109,6 @@ class Batches:
             self.rows = max(1, self._start(whole) + begun)
         self.steps = -(-self.rows // self._rows_of_step)
 
-    def steps_per_epoch(self, epoch: int = 0) -> int:
-        """Steps that the rows of an epoch fill, the last one perhaps in part."""
-        return -(-self._rows_in(epoch) // self._rows_of_step)
-
     def epochs_after(self, step: int) -> float:
         """How many epochs have gone by when so many steps are done."""
         row = min(step * self._rows_of_step, self.rows)

@@ -45,10 +45,8 @@ class ModelConfig:
         attention_bias, attention_output_bias, mlp_bias: biases of q/k/v, of o, and of gate/up/down.
         qk_norm: an RMSNorm over head_dim on every query and key head (Qwen3).
         dtype: the checkpoint's dtype by name, "float32", "bfloat16" or "float16".
-        eos_token_ids: every id that ends a text; empty when config.json names none.
     """
 
-    model_type: str
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -67,8 +65,6 @@ class ModelConfig:
     qk_norm: bool
     tie_word_embeddings: bool
     dtype: str
-    bos_token_id: int | None
-    eos_token_ids: tuple[int, ...]
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], file: str = "config.json") -> ModelConfig:
@@ -93,10 +89,11 @@ class ModelConfig:
             fields.fail("head_dim", "an even number, which rotary embeddings need", head_dim)
         positions = fields.integer("max_position_embeddings", MAX_POSITIONS, default=2048)
         theta, scaling = _rope(fields, positions)
+        for name in ("bos_token_id", "eos_token_id"):
+            fields.check_token_ids(name)  # the tokenizer's to use, which takes what it knows
         # Llama and Qwen3 let the config decide, Mistral has no biases, Qwen2 always has them on q, k and v.
         optional_bias = family in ("llama", "qwen3") and fields.flag("attention_bias")
         return cls(
-            model_type=family,
             vocab_size=fields.integer("vocab_size", MAX_VOCAB),
             hidden_size=hidden,
             intermediate_size=fields.integer("intermediate_size", MAX_WIDTH),
@@ -115,8 +112,6 @@ class ModelConfig:
             qk_norm=family == "qwen3",
             tie_word_embeddings=fields.flag("tie_word_embeddings"),
             dtype=_dtype(fields),
-            bos_token_id=next(iter(fields.token_ids("bos_token_id")), None),
-            eos_token_ids=fields.token_ids("eos_token_id"),
         )
 
 
@@ -160,12 +155,11 @@ class _Fields:
             self.fail(name, "true or false", value)
         return value
 
-    def token_ids(self, name: str) -> tuple[int, ...]:
+    def check_token_ids(self, name: str) -> None:
         value = self.get(name, [])
         ids = value if isinstance(value, list) else [value]
         if any(not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < MAX_VOCAB for i in ids):
             self.fail(name, "a token id or a list of them", value)
-        return tuple(ids)
 
 
 def _rope(fields: _Fields, positions: int) -> tuple[float, RopeScaling | None]:

@@ -53,6 +53,22 @@ class Setting(NamedTuple):
     step: int
 
 
+class _Places(NamedTuple):
+    """Where tensors lie and of what they are; of one that is not there, address 0."""
+
+    addresses: np.ndarray
+    dtype_codes: np.ndarray
+    item_bytes: np.ndarray
+
+    @staticmethod
+    def of(tensors: Sequence[Tensor | None]) -> _Places:
+        return _Places(
+            np.array([0 if t is None else t.data_ptr() for t in tensors], dtype=np.uint64),
+            np.array([0 if t is None else DTYPE_CODES[t.dtype] for t in tensors]),
+            np.array([0 if t is None else t.element_size() for t in tensors], dtype=np.uint64),
+        )
+
+
 class ChunkTables:
     """The tables of some parameters on one GPU, and the launches over them.
 
@@ -90,10 +106,7 @@ class ChunkTables:
                 expected = f"float32 or bfloat16 on {p.device}"
                 got = f"{grad.dtype} on {grad.device}"
                 raise TrainError("", f"gradient of parameter {index}", expected=expected, got=got)
-        self._parameters = np.array([p.data_ptr() for p in self._params], dtype=np.uint64)
-        self._gradients = np.array(addresses[len(self._params) :], dtype=np.uint64)
-        self._parameter_codes = np.array([DTYPE_CODES[p.dtype] for p in self._params])
-        self._gradient_codes = np.array([0 if g is None else DTYPE_CODES[g.dtype] for g in grads])
+        self._parameters, self._gradients = _Places.of(self._params), _Places.of(grads)
         rows = self._rows(self._norm_cut)
         norm = np.zeros(len(rows["count"]), dtype=_GRADIENT_CHUNK)
         norm["gradient"], norm["count"] = rows["gradient"], rows["count"]
@@ -158,13 +171,12 @@ class ChunkTables:
 
     def _rows(self, cut: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The chunks whose parameter has a gradient, with addresses."""
-        cut = {name: values[self._gradients[cut["param"]] != 0] for name, values in cut.items()}
-        param, start = cut["param"], cut.pop("start")
-        for name in ("parameter", "gradient"):
-            codes = getattr(self, f"_{name}_codes")[param]
-            cut[f"{name}_dtype"] = codes
-            item_bytes = np.where(codes == DTYPE_CODES[torch.float32], 4, 2).astype(np.uint64)
-            cut[name] = getattr(self, f"_{name}s")[param] + start.astype(np.uint64) * item_bytes
+        has_gradient = self._gradients.addresses[cut["param"]] != 0
+        cut = {name: values[has_gradient] for name, values in cut.items()}
+        param, start = cut["param"], cut.pop("start").astype(np.uint64)
+        for name, places in (("parameter", self._parameters), ("gradient", self._gradients)):
+            cut[name] = places.addresses[param] + start * places.item_bytes[param]
+            cut[f"{name}_dtype"] = places.dtype_codes[param]
         return cut
 
     def _upload(self, table: np.ndarray) -> Tensor:
