@@ -36,7 +36,7 @@ def make_adapter(packed: Path, out: Path) -> None:
 
 
 def ours(packed: Path, adapter: Path, rate: float = RATE, **switches: Any) -> Step:
-    """`nf4.training.train.train_step` on the packed file; `switches` are those of its `LayerPasses`."""
+    """`nf4.training.step.train_step` on the packed file; `switches` are those of its `LayerPasses`."""
     import nf4
     from nf4.data.batches import IGNORED, Batch
     from nf4.paging.optim import PagedAdamW

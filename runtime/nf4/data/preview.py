@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from nf4format.errors import printable
+
 from .dataset import DataReport, Dataset, Example, FileReport
 from .plan import Batches
 
@@ -33,7 +35,7 @@ def shown_examples(batches: Batches, count: int, pieces: Pieces, *, color: bool 
     shown = found[:count]
     texts = []
     for number, index in enumerate(shown, 1):
-        place = f"example {number} of {len(shown)}: {_visible(batches.dataset.place(index))}"
+        place = f"example {number} of {len(shown)}: {printable(batches.dataset.place(index))}"
         texts.append(shown_example(batches.dataset[index], pieces, title=place, color=color))
     return "\n\n".join(texts)
 
@@ -65,7 +67,7 @@ def shown_example(example: Example, pieces: Pieces, *, title: str, color: bool =
 def quoted(text: str) -> str:
     """A text in double quotes, on one line, harmless to a terminal."""
     escaped = text.replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{_visible(escaped)}"'
+    return f'"{printable(escaped)}"'
 
 
 def run_table(
@@ -79,7 +81,8 @@ def run_table(
     """
     datasets = {"training": batches.dataset} | ({} if evaluation is None else {"evaluation": evaluation})
     files = [file for dataset in datasets.values() for file in dataset.report.files]
-    notes = dict.fromkeys(f"{_visible(file.path)}: {_visible(note)}" for file in files for note in file.notes)
+    told = [f"{file.path}: {note}" for file in files for note in file.notes]
+    notes = dict.fromkeys(map(printable, told))
     options, volume = batches.options, batches.volume()
     per_row = volume.tokens / volume.rows
     rows = f"{volume.rows:,} rows"
@@ -130,7 +133,7 @@ def _file_table(datasets: Mapping[str, Dataset]) -> list[str]:
         for file in files:
             part = slice(first, first + file.examples)
             first = part.stop
-            table.append((_visible(file.path), *_counts(file, dataset, part)))
+            table.append((printable(file.path), *_counts(file, dataset, part)))
         if len(files) != 1 or len(datasets) > 1:
             table.append((name, *_counts(dataset.report, dataset, slice(0, len(dataset)))))
     widths = [max(len(row[column]) for row in table) for column in range(len(_HEAD))]
@@ -149,12 +152,6 @@ def _counts(report: FileReport | DataReport, dataset: Dataset, part: slice) -> t
     levels = np.percentile(lengths, (50, 95, 100), method="nearest") if len(lengths) else (0, 0, 0)
     numbers = (report.rows, len(lengths), tokens, *map(int, levels), report.truncated, report.dropped)
     return (*(f"{number:,}" for number in numbers), _share(tokens - labelled, tokens))
-
-
-def _visible(text: str) -> str:
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def _share(part: float, whole: float) -> str:

@@ -26,6 +26,7 @@ def features(base: nn.Module) -> tuple[int, int]:
 
 
 def device_of(base: nn.Module) -> torch.device:
+    """Where its weight is."""
     return next(itertools.chain(base.parameters(), base.buffers())).device
 
 

@@ -39,6 +39,7 @@ _CHUNK = np.dtype(
         ("gradient_dtype", "u1"),
     ]
 )
+_DTYPES = (torch.float32, torch.bfloat16)
 _GRADIENT_CHUNK = np.dtype([("gradient", "<u8"), ("count", "<i4"), ("dtype", "<i4")])
 
 
@@ -187,9 +188,6 @@ class ChunkTables:
 def _current_stream(device: torch.device) -> Iterator[int]:
     with torch.cuda.device(device):
         yield torch.cuda.current_stream(device).cuda_stream
-
-
-_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def _cut(pages: Sequence[Sequence[Piece]]) -> dict[str, np.ndarray]:

@@ -113,6 +113,8 @@ class PagedAdamW(Optimizer):
         self._layout = StateLayout.cut(sizes, page_bytes, state_bits)
         self._backwards = False
         self._tables: ChunkTables | None = None
+        self._sharers: list[int] = []  # one parameter for each setting; these and the pages on a GPU only
+        self._pages_in_use: list[int] = []
         self._pager = self._make_pager(device, budget_bytes, store, backing)
 
     def _make_pager(
@@ -246,7 +248,7 @@ class PagedAdamW(Optimizer):
         if not self._tables.follow(gradients):
             return
         numbers: dict[tuple[int, int], int] = {}
-        self._sharers: list[int] = []  # one parameter for each setting
+        self._sharers = []
         settings = [0] * len(self._params)
         for index, (group, _) in enumerate(self._line):
             if gradients[index] is not None:

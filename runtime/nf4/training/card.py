@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import re
 
+from nf4format.errors import printable
+
 from ..data.plan import Batches
 from ..model.decoder import CausalLM
 from .evaluation import best_step, perplexity_of
@@ -85,7 +87,7 @@ def _usage(name: str, base: str) -> list[str]:
 
 def code_span(text: str) -> str:
     """Markdown that shows the text as it is, on one line, whatever it holds."""
-    visible = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    visible = printable(text)
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", visible)), default=0))
     edge = " " if not visible or visible[0] in "` " or visible[-1] in "` " else ""
     return f"{fence}{edge}{visible}{edge}{fence}"

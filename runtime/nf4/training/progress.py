@@ -163,7 +163,8 @@ class StepReports:
         }
         device, pager = self._optimizer.device, self._optimizer.pager
         if device.type == "cuda":
-            timing["gpu_memory_bytes"] = torch.cuda.max_memory_allocated(device)
+            # Reserved, not allocated: the latter leaves out what CUDA graphs work in.
+            timing["gpu_memory_bytes"] = torch.cuda.max_memory_reserved(device)
         if pager.capacity_bytes < self._state_bytes:
             timing["pages"] = asdict(pager.stats)
             self._tell_paging()
