@@ -1,5 +1,5 @@
-// What the files that bind kernels to Python share: errors, argument checks, and the function each of them
-// adds to the module nf4._cuda.
+// What the files that bind kernels to Python share: errors, arguments and their checks, and the function each
+// of them adds to the module nf4._cuda.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+
+#include "launchers.h"
 
 struct CudaFailure {  // becomes nf4._cuda.CudaError
   std::string call;
@@ -23,6 +25,13 @@ inline void check(const char* call, int code) {
 template <typename T>
 T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
+}
+
+inline Nf4Weight weight_of(uintptr_t codes, uintptr_t absmax, uintptr_t quant_map, uintptr_t nested_absmax,
+                           uintptr_t nested_quant_map, float nested_offset) {
+  return {pointer<const uint8_t>(codes),          pointer<const uint8_t>(absmax),
+          pointer<const float>(quant_map),        pointer<const float>(nested_absmax),
+          pointer<const float>(nested_quant_map), nested_offset};
 }
 
 inline void require(bool holds, const char* name, const char* expected, int64_t got) {

@@ -13,8 +13,8 @@ namespace py = pybind11;
 
 namespace {
 
-// codes, absmax, nested_absmax, nested_quant_map, nested_offset, n, out
-using Weight = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, float, int64_t, uintptr_t>;
+// codes, absmax, quant_map, nested_absmax, nested_quant_map, nested_offset, n, out
+using Weight = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, float, int64_t, uintptr_t>;
 
 bool linear_group(uintptr_t x, int dtype, int64_t m, int64_t k, const std::vector<Weight>& weights,
                   bool overlap, uintptr_t stream) {
@@ -24,11 +24,11 @@ bool linear_group(uintptr_t x, int dtype, int64_t m, int64_t k, const std::vecto
   const auto size = static_cast<int64_t>(weights.size());
   require(size >= 1 && size <= NF4_MOST_WEIGHTS, "weights", "1 to 4", size);
   std::vector<Nf4Linear> linears;
-  for (const auto& [codes, absmax, nested_absmax, nested_quant_map, nested_offset, n, out] : weights) {
+  for (const auto& [codes, absmax, quant_map, nested_absmax, nested_quant_map, nested_offset, n, out] :
+       weights) {
     require(n >= 1 && n <= INT32_MAX, "n", "1 to 2147483647", n);
-    const Nf4Weight weight = {pointer<const uint8_t>(codes), pointer<const uint8_t>(absmax),
-                              pointer<const float>(nested_absmax), pointer<const float>(nested_quant_map),
-                              nested_offset};
+    const Nf4Weight weight =
+        weight_of(codes, absmax, quant_map, nested_absmax, nested_quant_map, nested_offset);
     linears.push_back({weight, nullptr, pointer<void>(out), static_cast<int>(n)});
   }
   const int code =

@@ -19,7 +19,7 @@ int64_t linear_wgmma_workspace(int64_t m, int64_t n, int64_t k) {
 #endif
 }
 
-void linear_wgmma(uintptr_t x, int dtype, int64_t m, uintptr_t codes, uintptr_t absmax,
+void linear_wgmma(uintptr_t x, int dtype, int64_t m, uintptr_t codes, uintptr_t absmax, uintptr_t quant_map,
                   uintptr_t nested_absmax, uintptr_t nested_quant_map, float nested_offset, int64_t n,
                   int64_t k, uintptr_t bias, uintptr_t out, uintptr_t workspace, int64_t workspace_bytes,
                   bool overlap, uintptr_t stream) {
@@ -29,9 +29,8 @@ void linear_wgmma(uintptr_t x, int dtype, int64_t m, uintptr_t codes, uintptr_t 
   require(workspace_bytes >= needed, "workspace_bytes", "at least what linear_wgmma_workspace says",
           workspace_bytes);
 #ifdef NF4_WGMMA
-  const Nf4Weight weight = {pointer<const uint8_t>(codes), pointer<const uint8_t>(absmax),
-                            pointer<const float>(nested_absmax), pointer<const float>(nested_quant_map),
-                            nested_offset};
+  const Nf4Weight weight =
+      weight_of(codes, absmax, quant_map, nested_absmax, nested_quant_map, nested_offset);
   const Nf4Linear linear = {weight, pointer<const void>(bias), pointer<void>(out), static_cast<int>(n)};
   check("linear_wgmma",
         nf4_linear_wgmma(&linear, pointer<const void>(x), static_cast<int>(m), static_cast<int>(k), dtype,
@@ -44,7 +43,7 @@ void linear_wgmma(uintptr_t x, int dtype, int64_t m, uintptr_t codes, uintptr_t 
 void bind_linear_wgmma(py::module_& m) {
   using namespace py::literals;
   m.def("linear_wgmma_workspace", &linear_wgmma_workspace, "m"_a, "n"_a, "k"_a);
-  m.def("linear_wgmma", &linear_wgmma, "x"_a, "dtype"_a, "m"_a, "codes"_a, "absmax"_a, "nested_absmax"_a,
-        "nested_quant_map"_a, "nested_offset"_a, "n"_a, "k"_a, "bias"_a, "out"_a, "workspace"_a,
-        "workspace_bytes"_a, "overlap"_a, "stream"_a);
+  m.def("linear_wgmma", &linear_wgmma, "x"_a, "dtype"_a, "m"_a, "codes"_a, "absmax"_a, "quant_map"_a,
+        "nested_absmax"_a, "nested_quant_map"_a, "nested_offset"_a, "n"_a, "k"_a, "bias"_a, "out"_a,
+        "workspace"_a, "workspace_bytes"_a, "overlap"_a, "stream"_a);
 }

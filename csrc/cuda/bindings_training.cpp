@@ -23,16 +23,15 @@ int count(const char* name, int64_t value) {
   return static_cast<int>(value);
 }
 
-void dequantize_rows(Address codes, Address absmax, Address nested_absmax, Address nested_quant_map,
-                     float nested_offset, int64_t rows, int64_t columns, Address out, int64_t stride,
-                     int out_dtype, bool overlap, Address stream) {
+void dequantize_rows(Address codes, Address absmax, Address quant_map, Address nested_absmax,
+                     Address nested_quant_map, float nested_offset, int64_t rows, int64_t columns,
+                     Address out, int64_t stride, int out_dtype, bool overlap, Address stream) {
   require(rows >= 0, "rows", "at least 0", rows);
   require(columns >= 1, "columns", "at least 1", columns);
   require(stride >= columns, "stride", "at least columns", stride);
   check_dtype("out_dtype", out_dtype);
-  const Nf4Weight weight = {pointer<const uint8_t>(codes), pointer<const uint8_t>(absmax),
-                            pointer<const float>(nested_absmax), pointer<const float>(nested_quant_map),
-                            nested_offset};
+  const Nf4Weight weight =
+      weight_of(codes, absmax, quant_map, nested_absmax, nested_quant_map, nested_offset);
   check("dequantize_rows", nf4_dequantize_rows(&weight, rows, columns, pointer<void>(out), stride, out_dtype,
                                                overlap, stream_of(stream)));
 }
@@ -134,9 +133,9 @@ void lora_unpack(const std::vector<Adapter>& adapters, const std::vector<Gradien
 
 void bind_training(py::module_& m) {
   using namespace py::literals;
-  m.def("dequantize_rows", &dequantize_rows, "codes"_a, "absmax"_a, "nested_absmax"_a, "nested_quant_map"_a,
-        "nested_offset"_a, "rows"_a, "columns"_a, "out"_a, "stride"_a, "out_dtype"_a, "overlap"_a,
-        "stream"_a);
+  m.def("dequantize_rows", &dequantize_rows, "codes"_a, "absmax"_a, "quant_map"_a, "nested_absmax"_a,
+        "nested_quant_map"_a, "nested_offset"_a, "rows"_a, "columns"_a, "out"_a, "stride"_a, "out_dtype"_a,
+        "overlap"_a, "stream"_a);
   m.def("copy_rows", &copy_rows, "source"_a, "source_stride"_a, "target"_a, "target_stride"_a, "rows"_a,
         "size"_a, "dtype"_a, "stream"_a);
   m.def("rms_norm", &rms_norm, "x"_a, "x_stride"_a, "residual"_a, "residual_stride"_a, "sum"_a,

@@ -114,8 +114,9 @@ __global__ void __launch_bounds__(kThreads)
     quantized = weight.absmax[first / kBlock + (S::kBlocks == 32 ? lane : lane % S::kBlocks)];
     nested = weight.nested_absmax[first / kBlock / kNestedBlock];  // a span never crosses a nested block
   }
+  const float own_level = threadIdx.x < 16 ? weight.levels[threadIdx.x] : 0.0f;
   for (int i = threadIdx.x; i < 256; i += kThreads) map[i] = weight.nested_map[i];
-  if (threadIdx.x < 16) levels[threadIdx.x] = level(threadIdx.x);
+  if (threadIdx.x < 16) levels[threadIdx.x] = own_level;
   __syncthreads();
 
   if (whole) {

@@ -16,8 +16,9 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ float map[256];
   __shared__ float levels[16];
   let_next_start();
+  const float own_level = threadIdx.x < 16 ? weight.levels[threadIdx.x] : 0.0f;
   for (int i = threadIdx.x; i < 256; i += kThreads) map[i] = weight.nested_map[i];
-  if (threadIdx.x < 16) levels[threadIdx.x] = level(threadIdx.x);
+  if (threadIdx.x < 16) levels[threadIdx.x] = own_level;
   __syncthreads();
   wait_for_previous();
 

@@ -63,10 +63,11 @@ __device__ inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, u
 }
 
 // Level pairs of all bytes, 32 copies; the row of byte q starts at 256 q. Four copies of the scale map.
-__device__ inline void fill_tables(uint8_t* table, uint8_t* map, float mapped) {
+// Thread q brings entry q of the map, and level q % 16.
+__device__ inline void fill_tables(uint8_t* table, uint8_t* map, float mapped, float level) {
   const int q = threadIdx.x;
   if (q >= 256) return;
-  const __half2 pair = __floats2half2_rn(level(q >> 4), level(q & 15));
+  const __half2 pair = __floats2half2_rn(__shfl_sync(kAll, level, q >> 4), level);
   const uint32_t word = reinterpret_cast<const uint32_t&>(pair);
 #pragma unroll
   for (int i = 0; i < 8; ++i) {  // staggered, so that the 8 lanes of a pass write different banks

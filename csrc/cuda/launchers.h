@@ -13,6 +13,7 @@ enum Nf4Dtype { NF4_FLOAT32 = 0, NF4_BFLOAT16 = 1, NF4_FLOAT16 = 2 };  // as in 
 struct Nf4Weight {
   const uint8_t* codes;
   const uint8_t* absmax;
+  const float* levels;
   const float* nested_absmax;
   const float* nested_map;
   float offset;

@@ -70,6 +70,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
   const int my_tiles = (num_tiles - cta + grid - 1) / grid;
   const int first_token = blockIdx.y * C::kTokens;
   const float mapped = threadIdx.x < 256 ? w.weight.nested_map[threadIdx.x] : 0.0f;
+  const float level = w.weight.levels[lane % 16];
 
   // Copies: lane -> row lane / 8 of 4, 16-byte piece lane % 8, four times 4 rows a slot. copy_tile and
   // copy_chunk name the tile that goes into the ring next; its parts share the row pointers.
@@ -121,7 +122,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
     }
   };
   fetch_scales(0, 0);
-  fill_tables(shared, shared + C::kMap, mapped);
+  fill_tables(shared, shared + C::kMap, mapped, level);
   __syncthreads();
   wait_for_previous();
 

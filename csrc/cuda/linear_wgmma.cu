@@ -51,6 +51,7 @@ __global__ void __maxnreg__(C::kRegisters) wgmma_kernel(const __grid_constant__ 
   const int first_tile = begin / p.num_chunks, first_chunk = begin % p.num_chunks;
   const uint32_t full = base + C::kBarriers, empty = full + C::kXStages * 8;
   const float mapped = threadIdx.x < 256 ? __ldg(p.weight.nested_map + threadIdx.x) : 0.0f;
+  const float level = __ldg(p.weight.levels + lane % 16);
   auto tile_row = [&](int tile) { return tile / p.num_token_tiles * C::kRows + warp * 16; };
 
   // Codes: lane -> row lane / 8 of 4, 16-byte piece lane % 8, four times 4 rows a slot. copy_* name the unit
@@ -126,7 +127,7 @@ __global__ void __maxnreg__(C::kRegisters) wgmma_kernel(const __grid_constant__ 
 
   if (threadIdx.x < 256) {
     const int q = threadIdx.x;
-    const __half2 pair = __floats2half2_rn(level(q >> 4), level(q & 15));
+    const __half2 pair = __floats2half2_rn(__shfl_sync(kAll, level, q >> 4), level);
     const uint32_t word = reinterpret_cast<const uint32_t&>(pair);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {  // staggered, so that the 8 lanes of a pass write different banks

@@ -1,14 +1,18 @@
-// What every kernel over NF4 weights shares: the levels, the weight as pointers, the launch conventions.
+// What every kernel over 4-bit weights shares: the rule of decoding, the launch conventions.
 //
 // A weight of n elements, flat and row-major:
 //
 //   codes          uint8 [ceil(n / 2)]            two codes a byte, the first element in the high nibble
 //   absmax         uint8 [ceil(n / 64)]           index into nested_map, one for each block of 64 elements
+//   levels         fp32  [16]                     what codes stand for: NF4's, or others in [-1, 1]
 //   nested_absmax  fp32  [ceil(n / 64 / 256)]     one for each 256 blocks
 //   nested_map     fp32  [256]
 //
 //   scale  = rn(rn(nested_map[absmax] * nested_absmax) + offset)     two fp32 roundings, never contracted
-//   weight = rn(level[code] * scale)                                 one rounding to the output type
+//   weight = rn(levels[code] * scale)                                one rounding to the output type
+//
+// The levels are the weight's own, because a file may hold others than NF4's. Kernels fetch them beside
+// nested_map, into the tables that they look codes up in: whose they are costs nothing.
 //
 // Launchers return a cudaError_t as int and check nothing but what they need to choose a kernel: shapes and
 // devices are checked by the caller.
@@ -26,13 +30,6 @@ namespace nf4 {
 
 constexpr int kBlock = 64;         // elements that share a scale
 constexpr int kNestedBlock = 256;  // scales that share a nested_absmax
-
-// The codebook as bits, because files depend on every one of them.
-static __constant__ uint32_t kLevelBits[16] = {
-    0xbf800000u, 0xbf3239b1u, 0xbf066b30u, 0xbeca32a0u, 0xbe91a24du, 0xbe3d353fu, 0xbdba7871u, 0x00000000u,
-    0x3da2faffu, 0x3e24cae3u, 0x3e7c04ddu, 0x3ead033au, 0x3ee1a4b8u, 0x3f1007abu, 0x3f3913b3u, 0x3f800000u};
-
-__device__ inline float level(int code) { return __uint_as_float(kLevelBits[code]); }
 
 __device__ inline float decode_scale(float mapped, float nested_absmax, float offset) {
   return __fadd_rn(__fmul_rn(mapped, nested_absmax), offset);

@@ -35,6 +35,12 @@ LEVELS: dict[str, np.ndarray] = {
 (E2M1), and with 3 of exponent (E3M0); integers -7 to 7. The last three have 15 values: zero has two codes."""
 
 
+def levels_name(levels: np.ndarray) -> str:
+    """The name in LEVELS of a table with the same bits, else "custom"."""
+    named = (name for name, table in LEVELS.items() if table.tobytes() == levels.tobytes())
+    return next(named, "custom")
+
+
 def read_levels(path: str | os.PathLike[str]) -> np.ndarray:
     """Levels of one's own: a text file of 16 numbers in any order, between spaces, commas or line ends.
 

@@ -2,9 +2,9 @@
 caller holds tensors to sizes, types and device, keeps them alive, and makes their device the current one.
 Every function only starts its work.
 
-Type codes: 0 float32, 1 bfloat16, 2 float16. The levels are NF4's own: there is no quant_map. `overlap`
-promises that no kernel right before this one in the stream writes the weight; on compute capability 9.0 it
-may then start reading while that kernel ends.
+Type codes: 0 float32, 1 bfloat16, 2 float16. `overlap` promises that no kernel right before this one in the
+stream writes the weight, its tables included; on compute capability 9.0 it may then start reading while that
+kernel ends.
 
 Raises CudaError where CUDA refuses, ValueError for a number out of range.
 """
@@ -28,6 +28,7 @@ class BuildInfo(TypedDict):
 def dequantize(
     codes: int,
     absmax: int,
+    quant_map: int,
     nested_absmax: int,
     nested_quant_map: int,
     nested_offset: float,
@@ -43,6 +44,7 @@ def dequantize(
 def dequantize_rows(
     codes: int,
     absmax: int,
+    quant_map: int,
     nested_absmax: int,
     nested_quant_map: int,
     nested_offset: float,
@@ -59,6 +61,7 @@ def dequantize_rows(
 def embedding(
     codes: int,
     absmax: int,
+    quant_map: int,
     nested_absmax: int,
     nested_quant_map: int,
     nested_offset: float,
@@ -79,6 +82,7 @@ def linear(
     m: int,
     codes: int,
     absmax: int,
+    quant_map: int,
     nested_absmax: int,
     nested_quant_map: int,
     nested_offset: float,
@@ -106,6 +110,7 @@ def linear_wgmma(
     m: int,
     codes: int,
     absmax: int,
+    quant_map: int,
     nested_absmax: int,
     nested_quant_map: int,
     nested_offset: float,
@@ -122,7 +127,7 @@ def linear_wgmma(
     multiples of 16 bytes.
     """
 
-Weight = tuple[int, int, int, int, float, int, int]  # the first five of linear, n, out
+Weight = tuple[int, int, int, int, int, float, int, int]  # codes ... nested_offset of linear, n, out
 
 def linear_group(
     x: int, dtype: int, m: int, k: int, weights: list[Weight], overlap: bool, stream: int

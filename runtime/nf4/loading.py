@@ -86,14 +86,6 @@ def load(
         # On the way to a GPU nothing touches the mapping: it stands for the shapes of what comes.
         file = Nf4File.open(path, mmap=mmap or target.type == "cuda")
         try:
-            if target.type == "cuda" and file.other_levels:
-                raise LoadError(
-                    path,
-                    "GPU kernels know NF4's levels alone",
-                    tensor=min(file.other_levels),
-                    got="a weight with other levels",
-                    remedy='load it with device="cpu", or compile it with --levels nf4',
-                )
             if target.type == "cuda" and (slab is None or slab.region != file.region):
                 reading.close()
                 new = Slab(path, file.fileno(), file.region, target, check=verify is not False)

@@ -58,6 +58,7 @@ class OnGpu:
         self.tensors = [
             room.cuda()[shift:],
             torch.from_numpy(packed.absmax).cuda(),
+            torch.from_numpy(packed.quant_map.copy()).cuda(),
             torch.from_numpy(packed.nested_absmax).cuda(),
             torch.from_numpy(packed.nested_quant_map.copy()).cuda(),
         ]
@@ -319,11 +320,11 @@ def test_adamw_against_torch(count: int, parameter: torch.dtype, gradient: torch
 
 def test_numbers_out_of_range_are_refused() -> None:
     with pytest.raises(ValueError, match=r"out_dtype: expected 0 .* got 3"):
-        _cuda.dequantize(0, 0, 0, 0, 0.0, 0, 64, 0, 3, False, 0)
+        _cuda.dequantize(0, 0, 0, 0, 0, 0.0, 0, 64, 0, 3, False, 0)
     with pytest.raises(ValueError, match="start: expected at least 0, got -1"):
-        _cuda.dequantize(0, 0, 0, 0, 0.0, -1, 64, 0, 0, False, 0)
+        _cuda.dequantize(0, 0, 0, 0, 0, 0.0, -1, 64, 0, 0, False, 0)
     with pytest.raises(ValueError, match="m: expected 1 to 65535, got 0"):
-        _cuda.linear(0, 0, 0, 0, 0, 0, 0, 0.0, 1, 1, 0, 0, False, 0)
+        _cuda.linear(0, 0, 0, 0, 0, 0, 0, 0, 0.0, 1, 1, 0, 0, False, 0)
     with pytest.raises(ValueError, match="step: expected at least 1, got 0"):
         _cuda.adamw(0, 0, 0, [], 0, [(0.0, 0.0, 0.0, 0.0, 0.0, 0)], 0, 0)
     with pytest.raises(ValueError, match="pages: expected at most 256, got 257"):
@@ -339,7 +340,7 @@ def test_numbers_out_of_range_are_refused() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here CUDA has nothing to refuse")
 def test_a_refusal_of_cuda_has_its_code_name_and_text() -> None:
     with pytest.raises(_cuda.CudaError, match=r"^dequantize: CUDA error \d+, cudaError\w+: \w+") as caught:
-        _cuda.dequantize(0, 0, 0, 0, 0.0, 0, 64, 0, 0, False, 0)
+        _cuda.dequantize(0, 0, 0, 0, 0, 0.0, 0, 64, 0, 0, False, 0)
     assert caught.value.code > 0
     assert caught.value.name.startswith("cudaError")
     assert caught.value.text in str(caught.value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -64,6 +65,17 @@ def test_inspect(run, packed):
         "parameters": 320 * 128,
         "bytes": 320 * 128 * 2,
     }
+
+
+def test_inspect_names_the_levels(run, packed, make_packed, tmp_path):
+    assert re.search(r"^levels +nf4 \(21 tensors\)$", run("inspect", packed)[1], re.MULTILINE)
+    (tmp_path / "levels.txt").write_text(" ".join(map(str, range(-8, 8))))
+    for levels, name in (("fp4-e3m0", "fp4-e3m0"), (tmp_path / "levels.txt", "custom")):
+        out = run("inspect", make_packed("llama", options={"levels": str(levels)}), "--tensors")[1]
+        assert re.search(rf"^levels +{name} \(21 tensors\)$", out, re.MULTILINE)
+        assert re.search(
+            rf"^model\.layers\.0\.mlp\.up_proj\.weight +{name.upper()} +344x128 ", out, re.MULTILINE
+        )
 
 
 def test_verify_names_what_is_hurt(run, packed, tmp_path):

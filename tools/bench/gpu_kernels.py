@@ -47,9 +47,9 @@ class Weight:
         self.nested_absmax = torch.rand(math.ceil(blocks / 256), device="cuda") * 0.02 + 0.005
         self.nested_map = torch.from_numpy(NESTED_MAP.copy()).cuda()
         self.offset = torch.tensor(0.0457).item()
-        tensors = (self.codes, self.absmax, self.nested_absmax, self.nested_map)
-        self.packed = (*(tensor.data_ptr() for tensor in tensors), self.offset)
         self.levels = torch.from_numpy(NF4_LEVELS.copy()).cuda()
+        tensors = (self.codes, self.absmax, self.levels, self.nested_absmax, self.nested_map)
+        self.packed = (*(tensor.data_ptr() for tensor in tensors), self.offset)
         for tensor in tensors:
             ops_cuda.mark_constant(tensor)
 

@@ -12,6 +12,7 @@ from nf4format.container import Nf4File
 from nf4format.embedded import FILE_PREFIX
 from nf4format.errors import printable
 from nf4format.layout import COMPANIONS
+from nf4format.levels import levels_name
 
 from . import write_json
 
@@ -49,10 +50,14 @@ def describe(file: Nf4File) -> dict[str, Any]:
     """Everything that `--json` prints; bytes of a packed tensor count its scales and state too."""
     entries = file.header.entries
     tensors = []
+    levels: dict[str, int] = {}
     for name in file.packed_names:
         parts = (name, *(name + suffix for suffix in COMPANIONS))
         size = sum(_stored_bytes(file, part) for part in parts)
-        tensors.append(_tensor(name, "NF4", file.packed(name).shape, size))
+        packed = file.packed(name)
+        table = levels_name(packed.quant_map) if name in file.other_levels else "nf4"
+        levels[table] = levels.get(table, 0) + 1
+        tensors.append(_tensor(name, table.upper(), packed.shape, size))
     for name in file.kept_names:
         entry = entries[name]
         tensors.append(_tensor(name, entry.dtype, entry.shape, entry.end - entry.begin))
@@ -75,6 +80,7 @@ def describe(file: Nf4File) -> dict[str, Any]:
         "parameters": parameters,
         "bits_per_parameter": 8 * size / parameters if parameters else None,
         **groups,
+        "levels": levels,
         "embedded_files": {name: _stored_bytes(file, FILE_PREFIX + name) for name in file.file_names},
         "aliases": dict(file.aliases),
         "metadata": dict(file.metadata),
@@ -98,12 +104,14 @@ def _text(facts: dict[str, Any]) -> str:
     tied = "tied" if model.get("tie_word_embeddings") else "untied"
     embedded = ", ".join(f"{name} ({_size(size)})" for name, size in facts["embedded_files"].items())
     sizes = " ".join(f"{model[k]} {label}" for k, label in _MODEL_FIELDS if k in model)
+    levels = ", ".join(f"{table} ({count} tensors)" for table, count in facts["levels"].items())
     rows = {
         "file": f"{facts['file']}, {_size(facts['file_bytes'])}",
         "model": f"{model.get('model_type', 'unknown family')}: {sizes}, {tied} embeddings",
         "parameters": f"{facts['parameters']:,}, {facts['bits_per_parameter'] or 0:.3f} bits each",
         "packed": _group(facts["packed"]),
         "kept": _group(facts["kept"]),
+        "levels": levels or "none",
         "aliases": ", ".join(f"{alias} = {name}" for alias, name in facts["aliases"].items()) or "none",
         "embedded": embedded,
         "made by": f"{metadata.get('nf4.producer')} with {metadata.get('nf4.options')}",
@@ -128,12 +136,12 @@ def _group(group: dict[str, Any]) -> str:
 
 
 def _table(tensors: list[dict[str, Any]]) -> str:
-    width = max((len(tensor["name"]) for tensor in tensors), default=0)
+    width, kinds = (max((len(tensor[key]) for tensor in tensors), default=0) for key in ("name", "dtype"))
     lines = []
     for tensor in tensors:
         shape = "x".join(str(size) for size in tensor["shape"])
         name = ascii(tensor["name"])[1:-1]
-        lines.append(f"{name:<{width}}  {tensor['dtype']:<5} {shape:>16} {tensor['bytes']:>14,}")
+        lines.append(f"{name:<{width}}  {tensor['dtype']:<{kinds}} {shape:>16} {tensor['bytes']:>14,}")
     return "\n".join(lines)
 
 

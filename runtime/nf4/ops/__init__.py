@@ -11,8 +11,9 @@ W [N, K], as `nf4format.blocks` describes them. All have fake implementations (t
 tensors); nf4::linear has a gradient for x, which decodes again, and none for the weight.
 
 What runs on which device: `cpu`, `cuda`. All tensors of a call lie on one device, and the result too.
-On CUDA the levels are NF4's own whatever quant_map holds (a .nf4 file can hold no others), ids are not
-checked on the host (a bad one gives a row of NaN), and work is started in the current stream without waiting.
+On CUDA ids are not checked on the host (a bad one gives a row of NaN), products round the levels to float16
+(so quant_map has to lie in [-1, 1], as that of every file does), and work is started in the current stream
+without waiting.
 """
 
 from __future__ import annotations

@@ -46,20 +46,21 @@ class _Weight(PackedOperand):
 
     def __init__(self, packed: Sequence[Any], rows: int, columns: int, device: torch.device) -> None:
         super().__init__(packed, rows, columns, device)
-        self.constants = (self.codes, self.absmax, self.nested_absmax, self.nested_quant_map)
+        nested = (self.nested_absmax, self.nested_quant_map)
+        self.constants = (self.codes, self.absmax, self.quant_map, *nested, self.nested_offset)
         self.tail = (_is_constant(self.codes), torch.cuda.current_stream(device).cuda_stream)
         self._device = device
 
     def decode(self, first: int, last: int, out: Tensor) -> None:
         """Rows [first, last) into the contiguous `out`, rounded to its dtype."""
         span = (first * self.columns, last * self.columns, out.data_ptr(), DTYPE_CODES[out.dtype])
-        kernels().dequantize(*self.constants, self.nested_offset, *span, *self.tail)
+        kernels().dequantize(*self.constants, *span, *self.tail)
 
     def look_up(self, ids: Tensor, out: Tensor) -> None:
         """Rows `ids`, contiguous int64, into the contiguous `out`."""
         table = (ids.data_ptr(), ids.numel(), self.rows, self.columns)
         where = (out.data_ptr(), DTYPE_CODES[out.dtype])
-        kernels().embedding(*self.constants, self.nested_offset, *table, *where, *self.tail)
+        kernels().embedding(*self.constants, *table, *where, *self.tail)
 
     def way(self, x_MK: Tensor) -> Way:
         """How x is multiplied by this weight."""
@@ -92,17 +93,17 @@ class _Weight(PackedOperand):
         x = (x_MK.data_ptr(), DTYPE_CODES[x_MK.dtype], x_MK.shape[0])
         with _workspace(size, torch.uint8, self._device, self.tail[1]) as workspace:
             where = (self.rows, self.columns, 0, y_MN.data_ptr(), workspace.data_ptr(), size)
-            kernels().linear_wgmma(*x, *self.constants, self.nested_offset, *where, *self.tail)
+            kernels().linear_wgmma(*x, *self.constants, *where, *self.tail)
 
     def multiply_few_rows(self, x_MK: Tensor, y_MN: Tensor) -> None:
         """y = x @ W.T, straight from the codes, on any GPU."""
         x = (x_MK.data_ptr(), DTYPE_CODES[x_MK.dtype], x_MK.shape[0])
         sizes = (self.rows, self.columns)
-        kernels().linear(*x, *self.constants, self.nested_offset, *sizes, 0, y_MN.data_ptr(), *self.tail)
+        kernels().linear(*x, *self.constants, *sizes, 0, y_MN.data_ptr(), *self.tail)
 
-    def together(self, y_MN: Tensor) -> tuple[int, int, int, int, float, int, int]:
+    def together(self, y_MN: Tensor) -> tuple[int, int, int, int, int, float, int, int]:
         """This weight as one of `_cuda.linear_group`'s."""
-        return (*self.constants, self.nested_offset, self.rows, y_MN.data_ptr())
+        return (*self.constants, self.rows, y_MN.data_ptr())
 
     @contextmanager
     def panels(self, dtype: torch.dtype, height: int) -> Iterator[Iterator[tuple[int, int, Tensor]]]:
@@ -155,7 +156,7 @@ class RowDecoder:
     def __init__(self, packed: Sequence[Any], rows: int, columns: int) -> None:
         weight = _Weight(packed, rows, columns, packed[0].device)
         self.codes = weight.codes
-        self._arguments = (*weight.constants, weight.nested_offset, rows, columns)
+        self._arguments = (*weight.constants, rows, columns)
         self._overlap = weight.tail[0]
 
     def decode(self, out: Tensor) -> None:
