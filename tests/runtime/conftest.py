@@ -93,3 +93,15 @@ def make_model(family_config: Callable[..., dict[str, Any]]) -> Callable[..., Ca
 def biased_config(family_config: Callable[..., dict[str, Any]]) -> dict[str, Any]:
     """Of a model whose query, key and value layers have biases."""
     return family_config("qwen2", hidden_size=32, intermediate_size=48, num_hidden_layers=2, dtype="float32")
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[[str, str | bytes], Path]:
+    """A function that writes a file of this name and content, and returns its path."""
+
+    def put(name: str, content: str | bytes) -> Path:
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    return put

@@ -52,16 +52,6 @@ def load(paths: list[Path], tokenizer: WordTokenizer, seq_len: int) -> list[Exam
 Write = Callable[[str, str | bytes], Path]
 
 
-@pytest.fixture
-def write(tmp_path: Path) -> Write:
-    def put(name: str, content: str | bytes) -> Path:
-        path = tmp_path / name
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        return path
-
-    return put
-
-
 def rows(*pairs: tuple[str, str]) -> str:
     return "".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in pairs)
 

@@ -23,16 +23,6 @@ Write = Callable[[str, str | bytes], Path]
 ROWS = [{"text": 'a, "b"\nc', "n": "1"}, {"text": "ä🐸 {[", "n": ""}, {"text": "", "n": "x"}]
 
 
-@pytest.fixture
-def write(tmp_path: Path) -> Write:
-    def put(name: str, content: str | bytes) -> Path:
-        path = tmp_path / name
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        return path
-
-    return put
-
-
 def values(path: Path, wanted: Any = ()) -> list[Any]:
     with DataFile(path) as file:
         return [value for _, value in read_rows(file, wanted)]

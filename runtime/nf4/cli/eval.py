@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import write_json
+from .parameters import runs_model
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,11 +39,6 @@ Examples:
     "--adapter", type=click.Path(path_type=Path), help="PEFT adapter directory to put on the model."
 )
 @click.option(
-    "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
-    help="Arithmetic and activations.  [default: the checkpoint's]",
-)
-@click.option(
     "--against",
     type=click.Path(path_type=Path),
     metavar="ORIGINAL",
@@ -58,13 +54,7 @@ Examples:
     "--separator",
     help="What stands between documents; empty: the text is one.  [default: a line <|doc|>]",
 )
-@click.option("--device", default="auto", help="cpu, cuda, cuda:1; auto: a GPU where one can be used.")
-@click.option(
-    "--no-mmap",
-    is_flag=True,
-    help="Read FILE into memory instead of mapping it: for network file systems. Its sums are checked.",
-)
-@click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: torch's choice]")
+@runs_model
 @click.option(
     "--json", "json_path", metavar="PATH", help="Write the result as JSON too; '-': to stdout, alone."
 )

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from .parameters import runs_model
+
 _EXAMPLES = """\b
 Examples:
   nf4 generate model.nf4 -p "Once upon a time"
@@ -26,18 +28,7 @@ Examples:
 @click.option(
     "--adapter", type=click.Path(path_type=Path), help="PEFT adapter directory to put on the model."
 )
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
-    help="Arithmetic and activations.  [default: the checkpoint's]",
-)
-@click.option("--device", default="auto", help="cpu, cuda, cuda:1; auto: a GPU where one can be used.")
-@click.option(
-    "--no-mmap",
-    is_flag=True,
-    help="Read FILE into memory instead of mapping it: for network file systems. Its sums are checked.",
-)
-@click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: torch's choice]")
+@runs_model
 def command(
     *,
     file: Path,

@@ -1,12 +1,14 @@
-"""Kinds of values that options of the command line take."""
+"""Kinds of values that options of the command line take, and options that several commands have."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
+_Command = TypeVar("_Command", bound=Callable[..., Any])
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
@@ -66,3 +68,26 @@ class Assignment(click.ParamType):
         if not (sign and key and given):
             self.fail(f"{value!r} is not of the form {self.name.upper()}", param, ctx)
         return key, self._value.convert(given, param, ctx)
+
+
+def runs_model(command: _Command) -> _Command:
+    """The options of a command that loads FILE and runs it: dtype, device, no_mmap, threads."""
+    for option in reversed(_RUN_OPTIONS):  # as decorators below each other
+        command = option(command)
+    return command
+
+
+_RUN_OPTIONS = (
+    click.option(
+        "--dtype",
+        type=click.Choice(["float32", "bfloat16", "float16"]),
+        help="Arithmetic and activations.  [default: the checkpoint's]",
+    ),
+    click.option("--device", default="auto", help="cpu, cuda, cuda:1; auto: a GPU where one can be used."),
+    click.option(
+        "--no-mmap",
+        is_flag=True,
+        help="Read FILE into memory instead of mapping it: for network file systems. Its sums are checked.",
+    ),
+    click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: torch's choice]"),
+)
