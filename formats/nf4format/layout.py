@@ -139,49 +139,51 @@ def plan_layout(
         )
     embedded = [(FILE_PREFIX + name, "U8", (files[name],)) for name in EMBEDDED_FILES if name in files]
 
-    placed: list[TensorEntry] = []
-    names: set[str] = set()
-    position = 0
-
-    def place(name: str, dtype: str, shape: tuple[int, ...]) -> None:
-        nonlocal position
-        if name in names:
-            remedy = "rename one of the two in the checkpoint"
-            raise FormatError("", "the name is used twice", tensor=name, remedy=remedy)
-        names.add(name)
-        size = _checked_bytes(name, dtype, shape)
-        placed.append(TensorEntry(name, dtype, shape, position, position + size))
-        position += size
-
+    placed = _Placed()
     for item in codes:
-        place(*item)
-    if position % TAIL_ALIGNMENT:
-        place(f"{PAD_PREFIX}0", "U8", (-position % TAIL_ALIGNMENT,))
-    for item in sorted(tail, key=_tail_order):
-        place(*item)
-    for item in embedded:
-        place(*item)
-    sums_begin = position
-    place(SUMS_NAME, "U8", (sums_bytes(sums_begin, len(embedded)),))
+        placed.add(*item)
+    if placed.end % TAIL_ALIGNMENT:
+        placed.add(f"{PAD_PREFIX}0", "U8", (-placed.end % TAIL_ALIGNMENT,))
+    for item in (*sorted(tail, key=_tail_order), *embedded):
+        placed.add(*item)
+    sums_begin = placed.end
+    placed.add(SUMS_NAME, "U8", (sums_bytes(sums_begin, len(embedded)),))
 
     ordered_metadata = _ordered_metadata(metadata)
-    data_start = -(-(PREFIX_BYTES + len(header_json(ordered_metadata, placed, 0))) // PAGE) * PAGE
+    data_start = (
+        -(-(PREFIX_BYTES + len(header_json(ordered_metadata, placed.entries.values(), 0))) // PAGE) * PAGE
+    )
     entries = {
         entry.name: TensorEntry(
             entry.name, entry.dtype, entry.shape, entry.begin + data_start, entry.end + data_start
         )
-        for entry in placed
+        for entry in placed.entries.values()
     }
     return Layout(
         entries=entries,
         data_start=data_start,
         sums_begin=data_start + sums_begin,
-        file_bytes=data_start + position,
+        file_bytes=data_start + placed.end,
         packed=tuple(packed),
         kept=tuple(kept),
         files={name: files[name] for name in EMBEDDED_FILES if name in files},
         metadata=ordered_metadata,
     )
+
+
+class _Placed:
+    """Tensors one behind the other: `entries` with offsets from 0, `end` behind the last."""
+
+    def __init__(self) -> None:
+        self.entries: dict[str, TensorEntry] = {}
+        self.end = 0
+
+    def add(self, name: str, dtype: str, shape: tuple[int, ...]) -> None:
+        if name in self.entries:
+            remedy = "rename one of the two in the checkpoint"
+            raise FormatError("", "the name is used twice", tensor=name, remedy=remedy)
+        begin, self.end = self.end, self.end + _checked_bytes(name, dtype, shape)
+        self.entries[name] = TensorEntry(name, dtype, shape, begin, self.end)
 
 
 def quant_state_size(spec: PackedSpec) -> int:

@@ -86,7 +86,6 @@ def check_profile(
     Raises:
         FormatError: with the tensor's name and the values.
     """
-
     refuse = _refuser(name)
     entries = header.entries
     if header.data_start % PAGE:

@@ -126,15 +126,7 @@ def train(
         sinks.close()
         optimizer.close()
         _set_up(model.eval(), None)
-    card = model_card(model, options, plan, summary, settings)
-    for folder in (options.out, options.best_path):
-        if (folder / CONFIG_NAME).exists():
-            write_bytes(folder / CARD_NAME, card.encode("utf-8", "backslashreplace"))
-            if settings is not None:
-                write_bytes(folder / SETTINGS_NAME, settings.encode("utf-8", "surrogateescape"))
-    if summary.steps and (find_spec("matplotlib") if options.plot is None else options.plot):
-        plot_run(options.log_path, options.timing_path, options.plot_path)
-        say(f"plot {options.plot_path}")
+    _leave_reports(model, options, plan, summary, settings=settings, say=say)
     return summary
 
 
@@ -209,6 +201,27 @@ def _check_fit(model: CausalLM, options: TrainOptions, *datasets: Dataset | None
             expected = f"below the model's {vocab_size}"
             remedy = "the tokenizer is not the model's"
             raise TrainError("", "token id", expected=expected, got=largest, remedy=remedy)
+
+
+def _leave_reports(
+    model: CausalLM,
+    options: TrainOptions,
+    plan: Batches,
+    summary: TrainSummary,
+    *,
+    settings: str | None,
+    say: Callable[[str], None],
+) -> None:
+    """Card and settings beside the adapter and the best one; the picture of the logs."""
+    card = model_card(model, options, plan, summary, settings)
+    for folder in (options.out, options.best_path):
+        if (folder / CONFIG_NAME).exists():
+            write_bytes(folder / CARD_NAME, card.encode("utf-8", "backslashreplace"))
+            if settings is not None:
+                write_bytes(folder / SETTINGS_NAME, settings.encode("utf-8", "surrogateescape"))
+    if summary.steps and (find_spec("matplotlib") if options.plot is None else options.plot):
+        plot_run(options.log_path, options.timing_path, options.plot_path)
+        say(f"plot {options.plot_path}")
 
 
 def _set_up(model: CausalLM, options: TrainOptions | None) -> None:
