@@ -9,9 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from nf4format.atomic import AtomicFile
+from nf4format.audit import SCALE_ERROR
 from nf4format.blocks import PackedTensor, dequantize
 from nf4format.checkpoint import Checkpoint
-from nf4format.codebook import BLOCK, NESTED_BLOCK, NESTED_MAP
+from nf4format.codebook import BLOCK, NESTED_BLOCK
 from nf4format.container import Nf4File
 from nf4format.tensor_reader import TensorReader
 
@@ -21,8 +22,6 @@ from .plan import Plan
 from .policy import Decision
 from .quality import TensorError, all_segments, measure, to_float32
 
-# Farthest that a scale may be from its code, in nested scales.
-_SCALE_ERROR = max(float(np.diff(NESTED_MAP).max()) / 2, 1 + float(NESTED_MAP[0]))
 # Least part of a block's largest magnitude that quantize_search takes for its scale, before coding that.
 _LEAST_MULTIPLIER = 0.7
 _REMEDY = "run it again; if that repeats, memory or disk of this machine is failing"
@@ -139,7 +138,7 @@ def allowed_difference(packed: PackedTensor, original: np.ndarray, start: int) -
     padded = np.zeros(-(-original.size // BLOCK) * BLOCK, np.float32)
     padded[: original.size] = np.abs(original)
     scales = padded.reshape(-1, BLOCK).max(axis=1)
-    scale_errors = _nested_of_blocks(packed, start, scales.size) * _SCALE_ERROR
+    scale_errors = _nested_of_blocks(packed, start, scales.size) * SCALE_ERROR
     roundings = 2**-8 * (scales + scale_errors) + 2**-22 * abs(packed.nested_offset) + 2**-24
     bound = _level_error(packed) * scales + scale_errors + roundings
     return np.repeat(bound, BLOCK)[: original.size].astype(np.float32)
@@ -159,7 +158,7 @@ def allowed_difference_searched(packed: PackedTensor, original: np.ndarray, star
     scales = np.abs(packed.nested_quant_map[entries] * nested + np.float32(packed.nested_offset))
     of_values = np.repeat(scales, BLOCK)[: original.size]
     # A code of the scale may be the neighbour of the nearest one.
-    least = _LEAST_MULTIPLIER * magnitudes - np.repeat(nested * 3 * _SCALE_ERROR, BLOCK)[: original.size]
+    least = _LEAST_MULTIPLIER * magnitudes - np.repeat(nested * 3 * SCALE_ERROR, BLOCK)[: original.size]
     exceeding = np.clip(magnitudes - np.maximum(of_values, least), 0, None)
     return (_level_error(packed) * of_values + exceeding + 2**-8 * (of_values + magnitudes) + 2**-24).astype(
         np.float32

@@ -39,19 +39,9 @@ from nf4format.errors import Nf4Error
 
 # As in injector.c.
 KINDS = [
-    "none",
-    "write",
-    "read",
-    "sync",
-    "allocate",
-    "rename",
-    "rename_flags",
-    "open",
-    "mkdir",
-    "link",
-    "mmap",
-]
-KINDS += ["malloc", "close", "lock"]
+    "none", "write", "read", "sync", "allocate", "rename", "rename_flags", "open", "mkdir", "link", "mmap",
+    "malloc", "close", "lock",
+]  # fmt: skip
 ONCE, FROM_THEN_ON, SHORT_ONCE, SHORT_FROM_THEN_ON = range(4)
 MODE_NAMES = ("once", "from then on", "short once", "always short")
 E = errno
