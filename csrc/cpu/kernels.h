@@ -45,10 +45,10 @@ using QuantizeBlocks = int64_t (*)(const void* values, Dtype dtype, int64_t num_
 // The searching encoder; search.h says what these do and to which bits. `x`: the blocks in fixed point, in an
 // order that is the kernels' own affair.
 struct SearchTables;
-// absmax of each block, and the best scale before snapping, the first of equally good ones. Returns the first
-// block that holds a NaN or an infinity, or -1.
+// absmax of each block, and the best two scales before snapping [num_blocks, 2], the first of equally good
+// ones first. Returns the first block that holds a NaN or an infinity, or -1.
 using FindScales = int64_t (*)(const SearchTables& tables, const void* values, Dtype dtype,
-                               int64_t num_blocks, int16_t* x, float* absmax, float* scales);
+                               int64_t num_blocks, int16_t* x, float* absmax, float* wanted);
 // The error of each block with each of its inverses, [num_blocks, per_block].
 using MeasureBlocks = void (*)(const SearchTables& tables, const int16_t* x, const int16_t* inverses,
                                int64_t num_blocks, int per_block, int32_t* errors);

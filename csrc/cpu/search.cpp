@@ -25,26 +25,83 @@ struct Group {
   int64_t count;  // all together
 };
 
+// A group's blocks in fixed point, and what was found for them.
+struct Found {
+  alignas(64) int16_t x[kNestedBlock * kBlock];
+  float absmax[kNestedBlock];
+  float wanted[kNestedBlock * kWanted];
+};
+
+// `count` blocks from `first` on, onto a grid.
+void fit(const SearchTables& tables, const Found& found, int64_t first, int64_t count, float nested_absmax,
+         Fitted& fitted) {
+  using Entries = Grid<kWanted>;
+  Entries grid;
+  int32_t errors[kNestedBlock * Entries::kTried];
+  grid.fill(found.absmax + first, found.wanted + first * kWanted, count, nested_absmax);
+  const int16_t* const x = found.x + first * kBlock;
+  chosen_kernels().measure_blocks(tables, x, grid.inverses, count, Entries::kTried, errors);
+  // + 1: not 0 times infinity.
+  for (int64_t i = 0; i < count * Entries::kTried; ++i) grid.errors[i] = float(errors[i]) + 1.0f;
+  grid.choose(count, fitted.entries + first, fitted.scales + first, fitted.errors + first);
+}
+
+// Shifts the grid if blocks have too much error on it: to the first one on which none has, or else to that
+// with the least excess. Returns nested_absmax.
+float shift_grid(const SearchTables& tables, const Found& found, int64_t count, float nested_absmax,
+                 Fitted& fitted) {
+  int16_t inverses[kNestedBlock];
+  int32_t plain[kNestedBlock];
+  std::fill(inverses, inverses + count, int16_t(kUnit));
+  chosen_kernels().measure_blocks(tables, found.x, inverses, count, 1, plain);
+  int32_t excess[kNestedBlock], least = 0;
+  const auto excess_at = [&](const Fitted& on_grid, int64_t i) {
+    return excess_of(on_grid.errors[i], float(plain[i]) + 1.0f, found.absmax[i]);
+  };
+  for (int64_t i = 0; i < count; ++i) least += excess[i] = excess_at(fitted, i);
+  if (least == 0) return nested_absmax;
+
+  // Those that lose most come first: most grids are given up after a few blocks.
+  int order[kNestedBlock];
+  for (int i = 0; i < count; ++i) order[i] = i;
+  std::stable_sort(order, order + count, [&](int a, int b) { return excess[a] > excess[b]; });
+  float best = nested_absmax;
+  for (const float shift : kGridShifts) {
+    const float shifted = std::min(nested_absmax * shift, 0x1.fffffep127f);
+    Fitted on_grid;
+    int32_t sum = 0;
+    for (int64_t i = 0; i < count && sum < least; ++i) {
+      fit(tables, found, order[i], 1, shifted, on_grid);
+      sum += excess_at(on_grid, order[i]);
+    }
+    if (sum >= least) continue;
+    least = sum;
+    best = shifted;
+    fitted = on_grid;
+    if (least == 0) break;
+  }
+  return best;
+}
+
 // Encodes a group. Returns its first block with a NaN or an infinity, or -1.
 int64_t encode_group(const SearchTables& tables, const Group& group, Dtype dtype, uint8_t* absmax,
                      float* nested_absmax) {
   const Kernels& kernels = chosen_kernels();
   const int64_t count = group.count, whole = group.whole;
-  alignas(64) int16_t x[kNestedBlock * kBlock];
-  float magnitudes[kNestedBlock], scales[kNestedBlock];
-  const int64_t bad = kernels.find_scales(tables, group.values, dtype, whole, x, magnitudes, scales);
+  Found found;
+  const int64_t bad =
+      kernels.find_scales(tables, group.values, dtype, whole, found.x, found.absmax, found.wanted);
   if (bad >= 0) return bad;
-  if (kernels.find_scales(tables, group.short_values, dtype, count - whole, x + whole * kBlock,
-                          magnitudes + whole, scales + whole) >= 0) {
+  if (kernels.find_scales(tables, group.short_values, dtype, count - whole, found.x + whole * kBlock,
+                          found.absmax + whole, found.wanted + whole * kWanted) >= 0) {
     return whole;
   }
-  Grid grid;
-  int32_t errors[kNestedBlock * kTried];
-  *nested_absmax = grid.fill(magnitudes, scales, count);
-  kernels.measure_blocks(tables, x, grid.inverses, count, kTried, errors);
-  // + 1: not 0 times infinity.
-  for (int64_t i = 0; i < count * kTried; ++i) grid.errors[i] = float(errors[i]) + 1.0f;
-  grid.choose(count, absmax, scales);
+  Fitted fitted;
+  const float largest = largest_magnitude_of(found.wanted, count, kWanted);
+  fit(tables, found, 0, count, largest, fitted);
+  *nested_absmax = shift_grid(tables, found, count, largest, fitted);
+  memcpy(absmax, fitted.entries, size_t(count));
+  const float* const scales = fitted.scales;
   kernels.encode_blocks(tables, group.values, dtype, whole, scales, group.codes);
   kernels.encode_blocks(tables, group.short_values, dtype, count - whole, scales + whole, group.short_codes);
   return -1;

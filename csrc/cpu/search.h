@@ -1,9 +1,12 @@
 // The searching encoder. A block's scale is its largest magnitude `a` times a multiplier, 0.70, 0.75 ... 1.30
 // or one of these with a minus, then snapped to the 8-bit grid of its group of 256 blocks:
 //
-//   find_scales     the multiplier with the least error, for each block
-//   measure_blocks  errors for the three entries of the grid next to that scale; the least is taken
+//   find_scales     the multipliers with the least and the second least error, for each block
+//   measure_blocks  errors for the three entries of the grid next to either scale; the least is taken
 //   encode_blocks   codes for what the entry decodes to
+//
+// Blocks share a grid, and where it is coarse for one of them, that one may lose more than with a scale of
+// `a`. Then the whole grid is shifted: search_grid.h.
 //
 // Errors are computed in integers, so that neither the order of sums nor the width of vectors can show. A
 // scale s stands for its inverse k = rint(kUnit a / |s|) and its sign, a value v for x = rint(32767 v / a):
@@ -21,6 +24,7 @@ namespace nf4 {
 constexpr int kUnit = 11 * 512;  // 1.0 in fixed point
 constexpr int kLargestInverse = 16 * 512 - 1;
 constexpr int kMultipliers = 13;  // magnitudes
+constexpr int kWanted = 2;        // scales of a block that the grid is searched near
 constexpr int kPairs = 8;         // of neighbouring levels
 constexpr int kBins = 32;         // of 512 each: all that y may be
 constexpr int kBinShift = 9;
@@ -51,6 +55,18 @@ struct SearchTables {
   FixedLevels plus, minus;
   bool has_bins;  // no bin has more than two levels that are nearest to a y in it
 };
+
+// What nested_absmax is multiplied by to shift the grid: a step or so of its coarse parts; and so far that
+// what lies in the coarse part of a decade comes into the fine part of the one below.
+constexpr int kShifts = 16;
+constexpr float kGridShifts[kShifts] = {1 + 1 / 64.f, 1 + 2 / 64.f, 1 + 3 / 64.f, 1 + 4 / 64.f,
+                                        1 + 5 / 64.f, 1 + 6 / 64.f, 1 + 7 / 64.f, 1 + 8 / 64.f,
+                                        2.5f,         2.75f,        3.f,          3.375f,
+                                        3.75f,        4.125f,       4.5f,         5.f};
+// A block's error over that with a scale of `a` counts from kMostExcess, in units of 1 / kExcessUnits,
+// squared, and not beyond the double of it.
+constexpr float kMostExcess = 1.03f;
+constexpr float kExcessUnits = 1024.0f;
 
 // 16 levels, ascending, from at most -0.5 to at least 0.5 and within [-1, 1], and the 15 thresholds. The
 // limits keep a block's error below 2^31.

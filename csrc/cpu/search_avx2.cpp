@@ -69,14 +69,7 @@ __m256i sum_each(const __m256i* sums) {
 }
 
 // Index of the first of the least errors: 0 to 15 for plus, 16 to 31 for minus.
-int least_of(const SearchTables& tables, const __m256i* sums) {
-  __m256 errors[4];
-  for (int i = 0; i < 4; ++i) {
-    errors[i] = _mm256_mul_ps(_mm256_cvtepi32_ps(sum_each(sums + 8 * i)),
-                              _mm256_load_ps(tables.squares + 8 * (i & 1)));
-    // What lies beyond the multipliers is infinite.
-    if (i & 1) errors[i] = _mm256_blend_ps(errors[i], _mm256_set1_ps(__builtin_inff()), 0xe0);
-  }
+int least_of(const __m256* errors) {
   __m256 least = _mm256_min_ps(_mm256_min_ps(errors[0], errors[1]), _mm256_min_ps(errors[2], errors[3]));
   least = _mm256_min_ps(least, _mm256_permute2f128_ps(least, least, 1));
   least = _mm256_min_ps(least, _mm256_shuffle_ps(least, least, 0x4e));
@@ -86,6 +79,27 @@ int least_of(const SearchTables& tables, const __m256i* sums) {
     equal |= unsigned(_mm256_movemask_ps(_mm256_cmp_ps(errors[i], least, _CMP_EQ_OQ))) << 8 * i;
   }
   return __builtin_ctz(equal);
+}
+
+// Scales of the multipliers with the least and the second least error.
+void two_least(const SearchTables& tables, const __m256i* sums, float absmax, float* wanted) {
+  const __m256 infinity = _mm256_set1_ps(__builtin_inff());
+  __m256 errors[4];
+  for (int i = 0; i < 4; ++i) {
+    errors[i] = _mm256_mul_ps(_mm256_cvtepi32_ps(sum_each(sums + 8 * i)),
+                              _mm256_load_ps(tables.squares + 8 * (i & 1)));
+    // What lies beyond the multipliers is infinite.
+    if (i & 1) errors[i] = _mm256_blend_ps(errors[i], infinity, 0xe0);
+  }
+  const int least = least_of(errors);
+  wanted[0] = scale_of(least & 15, least >= 16, absmax);
+  const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  for (int i = 0; i < 4; ++i) {
+    const __m256i taken = _mm256_cmpeq_epi32(lanes, _mm256_set1_epi32(least - 8 * i));
+    errors[i] = _mm256_blendv_ps(errors[i], infinity, _mm256_castsi256_ps(taken));
+  }
+  const int second = least_of(errors);
+  wanted[1] = scale_of(second & 15, second >= 16, absmax);
 }
 
 // Codes are kept as negative numbers, because comparisons give 0 or -1, and tables laid out by -index modulo
@@ -136,7 +150,7 @@ void store_codes(const __m256i* negative, uint8_t* codes) {
 }  // namespace
 
 int64_t find_scales_avx2(const SearchTables& tables, const void* values, Dtype dtype, int64_t num_blocks,
-                         int16_t* x, float* absmax, float* scales) {
+                         int16_t* x, float* absmax, float* wanted) {
   const Distances plus(tables.plus), minus(tables.minus);
   for (int64_t block = 0; block < num_blocks; ++block) {
     __m256 parts[8];
@@ -162,8 +176,7 @@ int64_t find_scales_avx2(const SearchTables& tables, const void* values, Dtype d
       sums[i] = above;
       sums[16 + i] = below;
     }
-    const int least = least_of(tables, sums);
-    scales[block] = scale_of(least & 15, least >= 16, absmax[block]);
+    two_least(tables, sums, absmax[block], wanted + block * kWanted);
     values = static_cast<const char*>(values) + kBlock * (dtype == Dtype::float32 ? 4 : 2);
   }
   return -1;

@@ -67,18 +67,23 @@ __m512i sum_each(const __m512i* sums) {
   return add_quarters(add_quarters(fours[0], fours[1]), add_quarters(fours[2], fours[3]));
 }
 
-// Index of the first of the least errors: 0 to 15 for plus, 16 to 31 for minus.
-int least_of(const SearchTables& tables, const __m512i* sums) {
+// Scales of the multipliers with the least and the second least error.
+void two_least(const SearchTables& tables, const __m512i* sums, float absmax, float* wanted) {
   const __mmask16 multipliers = (1 << kMultipliers) - 1;
   const __m512 squares = _mm512_load_ps(tables.squares), infinity = _mm512_set1_ps(__builtin_inff());
   const auto errors = [&](const __m512i* sixteen) {
     return _mm512_mask_mul_ps(infinity, multipliers, _mm512_cvtepi32_ps(sum_each(sixteen)), squares);
   };
-  const __m512 plus = errors(sums), minus = errors(sums + 16);
-  const __m512 least = _mm512_set1_ps(_mm512_reduce_min_ps(_mm512_min_ps(plus, minus)));
-  const unsigned low = _mm512_cmp_ps_mask(plus, least, _CMP_EQ_OQ);
-  const unsigned high = _mm512_cmp_ps_mask(minus, least, _CMP_EQ_OQ);
-  return __builtin_ctz(low | high << 16);
+  __m512 plus = errors(sums), minus = errors(sums + 16);
+  for (int i = 0; i < kWanted; ++i) {
+    const __m512 least = _mm512_set1_ps(_mm512_reduce_min_ps(_mm512_min_ps(plus, minus)));
+    const unsigned low = _mm512_cmp_ps_mask(plus, least, _CMP_EQ_OQ);
+    const unsigned high = _mm512_cmp_ps_mask(minus, least, _CMP_EQ_OQ);
+    const int first = __builtin_ctz(low | high << 16);
+    wanted[i] = scale_of(first & 15, first >= 16, absmax);
+    plus = _mm512_mask_mov_ps(plus, __mmask16(1u << first), infinity);
+    minus = _mm512_mask_mov_ps(minus, __mmask16((1u << first) >> 16), infinity);
+  }
 }
 
 struct Thresholds {
@@ -116,8 +121,8 @@ void store_codes(__m512i code, uint8_t* bytes) {
 }  // namespace
 
 int64_t find_scales_avx512(const SearchTables& tables, const void* values, Dtype dtype, int64_t num_blocks,
-                           int16_t* x, float* absmax, float* scales) {
-  if (!tables.has_bins) return find_scales_avx2(tables, values, dtype, num_blocks, x, absmax, scales);
+                           int16_t* x, float* absmax, float* wanted) {
+  if (!tables.has_bins) return find_scales_avx2(tables, values, dtype, num_blocks, x, absmax, wanted);
   const Distances plus(tables.plus), minus(tables.minus);
   for (int64_t block = 0; block < num_blocks; ++block) {
     __m512 parts[4];
@@ -144,8 +149,7 @@ int64_t find_scales_avx512(const SearchTables& tables, const void* values, Dtype
       sums[i] = above;
       sums[16 + i] = below;
     }
-    const int least = least_of(tables, sums);
-    scales[block] = scale_of(least & 15, least >= 16, absmax[block]);
+    two_least(tables, sums, absmax[block], wanted + block * kWanted);
     values = static_cast<const char*>(values) + kBlock * (dtype == Dtype::float32 ? 4 : 2);
   }
   return -1;

@@ -1,4 +1,6 @@
 // The searching encoder in plain C++; see search.h.
+#include <cmath>
+
 #include "rounding.h"
 #include "search.h"
 
@@ -48,23 +50,32 @@ unsigned code_of(const SearchTables& tables, float scaled) {
 }  // namespace
 
 int64_t find_scales_portable(const SearchTables& tables, const void* values, Dtype dtype, int64_t num_blocks,
-                             int16_t* x, float* absmax, float* scales) {
+                             int16_t* x, float* absmax, float* wanted) {
   for (int64_t block = 0; block < num_blocks; ++block) {
     float wide[kBlock];
     absmax[block] = widen_block(values, dtype, block, wide);
     if (!(absmax[block] < float_of(0x7f800000u))) return block;
     const float factor = limited_inverse(32767.0f, absmax[block]);
     for (int64_t i = 0; i < kBlock; ++i) x[i] = int16_t(bits_of(wide[i] * factor + kMagic) - bits_of(kMagic));
-    float least = 0;
+    float least = INFINITY, second = INFINITY;
+    wanted[0] = wanted[1] = 0.0f;
     for (int sign = 0; sign < 2; ++sign) {
       for (int i = 0; i < kMultipliers; ++i) {
         const int32_t sum = error_of(tables, sign, x, tables.inverses[i]);
         const float error = float(sum) * tables.squares[i];
-        if (sign + i > 0 && !(error < least)) continue;
-        least = error;
-        scales[block] = scale_of(i, sign, absmax[block]);
+        const float scale = scale_of(i, sign, absmax[block]);
+        if (error < least) {
+          wanted[1] = wanted[0];
+          second = least;
+          wanted[0] = scale;
+          least = error;
+        } else if (error < second) {
+          wanted[1] = scale;
+          second = error;
+        }
       }
     }
+    wanted += kWanted;
     x += kBlock;
   }
   return -1;

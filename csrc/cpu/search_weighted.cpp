@@ -88,15 +88,18 @@ void scale_search(const float* levels, const float* thresholds, const float* val
         scales[i] = scale_of(index, minus, magnitudes[i]);
       }
     }
-    Grid grid;
-    nested_absmax[group] = grid.fill(magnitudes, scales, count);
+    using Entries = Grid<1>;
+    Entries grid;
+    nested_absmax[group] = largest_magnitude_of(scales, count, 1);
+    grid.fill(magnitudes, scales, count, nested_absmax[group]);
     for (int64_t i = 0; i < count; ++i) {
       load(block, i);
-      for (int64_t at = i * kTried; at < (i + 1) * kTried; ++at) {
+      for (int64_t at = i * Entries::kTried; at < (i + 1) * Entries::kTried; ++at) {
         grid.errors[at] = error_of(tables, block.x, block.weights, grid.inverses[at]) + kAboveZero;
       }
     }
-    grid.choose(count, absmax + first, scales);
+    float errors[kNestedBlock];
+    grid.choose(count, absmax + first, scales, errors);
   });
 }
 

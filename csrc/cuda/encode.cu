@@ -49,7 +49,9 @@ __global__ void __launch_bounds__(kThreads, 2)
                   uint8_t* results) {
   __shared__ EncodeTables shared;
   __shared__ unsigned first_bad, largest_scale;  // the second as bits
+  __shared__ int excess[1 + kShifts];            // of the group, on each grid
   copy_tables(tables, &shared);
+  if (threadIdx.x <= kShifts) excess[threadIdx.x] = 0;
   if (threadIdx.x == 0) {
     first_bad = UINT32_MAX;
     largest_scale = 0;
@@ -58,7 +60,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int64_t block = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const void* const source = block_at(values, dtype, block);
   bool is_here = block < layout.num_blocks;
-  float absmax = 0.0f, scale = 0.0f;
+  float absmax = 0.0f;
+  Wanted wanted = {};
   int x[kBlock];
   if (is_here) {
     const uint32_t largest = largest_bits(source, dtype);
@@ -70,19 +73,35 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   if (is_here) {
     load_fixed(source, dtype, absmax, x);
-    scale = best_scale<has_bins>(shared, x, absmax);
-    atomicMax(&largest_scale, bits(scale) & 0x7fffffffu);
+    wanted = best_scales<has_bins>(shared, x, absmax);
+    atomicMax(&largest_scale, bits(wanted.scales[0]) & 0x7fffffffu);
   }
   __syncthreads();
-  const float nested_absmax = from_bits(largest_scale);
+  float nested_absmax = 0.0f;
+  int entry = 0, least = INT32_MAX;
+  // All threads leave together: what they leave by is the group's.
+#pragma unroll 1
+  for (int attempt = 0; attempt <= kShifts && least > 0; ++attempt) {
+    const float shifted = shifted_grid(shared, from_bits(largest_scale), attempt);
+    Entry found = {};
+    if (is_here) {
+      found = best_entry<has_bins>(shared, x, absmax, wanted, shifted);
+      const int own = excess_on_grid(found.error, wanted.plain_error, absmax);
+      if (own > 0) atomicAdd(&excess[attempt], own);
+    }
+    __syncthreads();
+    if (excess[attempt] >= least) continue;
+    least = excess[attempt];
+    nested_absmax = shifted;
+    entry = found.index;
+  }
   if (threadIdx.x == 0) {
     reinterpret_cast<float*>(results + layout.nested)[blockIdx.x] = nested_absmax;
     reinterpret_cast<int32_t*>(results + layout.bad)[blockIdx.x] = static_cast<int>(first_bad);
   }
   if (!is_here) return;
-  const int entry = best_entry<has_bins>(shared, x, absmax, nested_absmax, &scale);
   results[layout.scales + block] = static_cast<uint8_t>(entry);
-  encode_block(shared, source, dtype, factor_of_scale(scale),
+  encode_block(shared, source, dtype, factor_of_scale(multiplied(shared.nested_map[entry], nested_absmax)),
                reinterpret_cast<uint4*>(results + block * kBlockBytes));
 }
 

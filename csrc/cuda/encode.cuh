@@ -2,7 +2,7 @@
 // search.h says what the search does; nf4format/reference.py has it in plain numpy). A thread keeps its block
 // in registers: nothing is summed across threads, and all threads of a warp take the same way.
 //
-// Cost of the search, an element: 13 multipliers for both signs and 3 entries of the grid, each about a
+// Cost of the search, an element: 13 multipliers for both signs and 6 entries of the grid, each about a
 // multiplication, two shifts and a mask for y and its bin, and for each sign a read of shared memory, two
 // instructions to take it apart, |y - middle| - half, and its square: near 230 integer instructions. An H100
 // starts 132 SMs * 64 lanes * 1.7 GHz of them a second: 60e9 elements, twice what PCIe 5.0 x16 brings.
@@ -31,14 +31,15 @@ namespace nf4 {
 // other whatever they look up.
 struct EncodeTables {
   // By bin of y: the middle between the two nearest levels (high half) and minus half their distance.
-  uint32_t bins[2][kBins];  // plus, minus
-  int pairs[2][3][kPairs];  // borders, middles, minus halves; for levels without bins
-  float thresholds[16];     // ascending, and infinity
-  float midpoints[256];     // of kNestedMap, and infinity
-  float nested_map[256];    // kNestedMap
-  float multipliers[16];    // 0.70, 0.75 ...
-  float squares[16];        // of them
-  int inverses[16];         // of them
+  uint32_t bins[2][kBins];         // plus, minus
+  int pairs[2][3][kPairs];         // borders, middles, minus halves; for levels without bins
+  float thresholds[16];            // ascending, and infinity
+  float midpoints[256];            // of kNestedMap, and infinity
+  float nested_map[256];           // kNestedMap
+  float multipliers[16];           // 0.70, 0.75 ...
+  float squares[16];               // of them
+  int inverses[16];                // of them
+  float grid_shifts[kShifts + 1];  // 1, kGridShifts
 };
 
 // From levels as the CPU's search wants them.
@@ -160,11 +161,53 @@ NF4_DEVICE int squared_distance(const EncodeTables& tables, int sign, int produc
   return distance * distance;
 }
 
-// absmax times the best multiplier and sign, the first of equally good ones.
+// Sum over the block of squared distances, for a scale and its inverse in fixed point.
 template <bool has_bins>
-NF4_DEVICE float best_scale(const EncodeTables& tables, const int* x, float absmax) {
-  float least[2] = {from_bits(kInfinityBits), from_bits(kInfinityBits)};
-  int best[2] = {0, 0};
+NF4_DEVICE int block_error(const EncodeTables& tables, const int* x, int inverse) {
+  const int sign = inverse < 0, magnitude = inverse < 0 ? -inverse : inverse;
+  int sum = 0;
+#pragma unroll
+  for (int j = 0; j < kBlock; ++j) {
+    sum += squared_distance<has_bins>(tables, sign, x[j] * magnitude + (1 << 14));
+  }
+  return sum;
+}
+
+// What the search has found for a block before it knows the grid.
+struct Wanted {
+  float scales[kWanted];  // absmax times the best multipliers, with their signs; the first of equals first
+  float plain_error;      // that of a scale of absmax
+};
+
+// The least two numbers of a sequence, the first of equals first, and where they are.
+struct LeastTwo {
+  float first, second;
+  int at_first, at_second;
+};
+
+NF4_DEVICE void consider(LeastTwo& least, float error, int at) {
+  if (error < least.first) {
+    least.second = least.first;
+    least.at_second = least.at_first;
+    least.first = error;
+    least.at_first = at;
+  } else if (error < least.second) {
+    least.second = error;
+    least.at_second = at;
+  }
+}
+
+// `at`: the multiplier's index, and 16 more for minus.
+NF4_DEVICE float scale_of_candidate(const EncodeTables& tables, int at, float absmax) {
+  const float scale = multiplied(absmax, tables.multipliers[at & 15]);
+  const float magnitude = scale < kLargest ? scale : kLargest;
+  return at >= 16 ? -magnitude : magnitude;
+}
+
+template <bool has_bins>
+NF4_DEVICE Wanted best_scales(const EncodeTables& tables, const int* x, float absmax) {
+  const float infinity = from_bits(kInfinityBits);
+  LeastTwo plus = {infinity, infinity, 0, 0}, minus = plus;
 #pragma unroll 1
   for (int i = 0; i < kMultipliers; ++i) {
     const int inverse = tables.inverses[i];
@@ -175,55 +218,70 @@ NF4_DEVICE float best_scale(const EncodeTables& tables, const int* x, float absm
       sums[0] += squared_distance<has_bins>(tables, 0, product);
       sums[1] += squared_distance<has_bins>(tables, 1, product);
     }
-#pragma unroll
-    for (int sign = 0; sign < 2; ++sign) {
-      const float error = multiplied(static_cast<float>(sums[sign]), tables.squares[i]);
-      if (!(error < least[sign])) continue;
-      least[sign] = error;
-      best[sign] = i;
-    }
+    consider(plus, multiplied(static_cast<float>(sums[0]), tables.squares[i]), i);
+    consider(minus, multiplied(static_cast<float>(sums[1]), tables.squares[i]), 16 + i);
   }
-  const bool minus = least[1] < least[0];
-  const float scale = multiplied(absmax, tables.multipliers[minus ? best[1] : best[0]]);
-  const float magnitude = scale < kLargest ? scale : kLargest;
-  return minus ? -magnitude : magnitude;
+  consider(plus, minus.first, minus.at_first);  // plus comes before minus
+  consider(plus, minus.second, minus.at_second);
+  Wanted wanted;
+  wanted.scales[0] = scale_of_candidate(tables, plus.at_first, absmax);
+  wanted.scales[1] = scale_of_candidate(tables, plus.at_second, absmax);
+  wanted.plain_error = added(static_cast<float>(block_error<has_bins>(tables, x, kUnit)), 1.0f);
+  return wanted;
 }
 
-// The best of the three entries of the map next to a scale, and in `scale` what it decodes to.
+// An entry of the map for a block, and its error.
+struct Entry {
+  int index;
+  float error;
+};
+
+// The best of the three entries of the map next to either scale.
 template <bool has_bins>
-NF4_DEVICE int best_entry(const EncodeTables& tables, const int* x, float absmax, float nested_absmax,
-                          float* scale) {
-  const float relative = multiplied(*scale, limited(divided(1.0f, nested_absmax)));
-  int nearest = 0;  // midpoints below
-#pragma unroll
-  for (int step = 128; step > 0; step /= 2) {
-    if (relative > tables.midpoints[nearest + step - 1]) nearest += step;
-  }
-  float least = from_bits(kInfinityBits);
-  int best = nearest;
+NF4_DEVICE Entry best_entry(const EncodeTables& tables, const int* x, float absmax, const Wanted& wanted,
+                            float nested_absmax) {
+  const float inverse_nested = limited(divided(1.0f, nested_absmax));
+  Entry best = {0, from_bits(kInfinityBits)};
+  int nearest = 0;
 #pragma unroll 1
-  for (int tried = 0; tried < 3; ++tried) {
+  for (int tried = 0; tried < 3 * kWanted; ++tried) {
+    const int place = tried < 3 ? tried : tried - 3;
+    if (place == 0) {
+      const float relative = multiplied(tried == 0 ? wanted.scales[0] : wanted.scales[1], inverse_nested);
+      nearest = 0;  // midpoints below
+#pragma unroll
+      for (int step = 128; step > 0; step /= 2) {
+        if (relative > tables.midpoints[nearest + step - 1]) nearest += step;
+      }
+      if (tried == 0) best.index = nearest;
+    }
     const int lower = nearest - (nearest > 0), upper = nearest + (nearest < 255);
-    const int entry = tried == 0 ? nearest : tried == 1 ? lower : upper;
+    const int entry = place == 0 ? nearest : place == 1 ? lower : upper;
     const float ratio = divided(absmax, multiplied(tables.nested_map[entry], nested_absmax));
     const float fixed = multiplied(ratio, static_cast<float>(kUnit));
     // Not if it is NaN: scales that are zero, or so small that values lie far outside of the levels.
     const bool compared = (fixed < 0.0f ? -fixed : fixed) <= static_cast<float>(kLargestInverse);
-    const int inverse = nearest_integer(compared ? fixed : 0.0f);
     const float weight = compared ? divided(1.0f, multiplied(ratio, ratio)) : from_bits(kInfinityBits);
-    const int sign = inverse < 0, magnitude = inverse < 0 ? -inverse : inverse;
-    int sum = 0;
-#pragma unroll
-    for (int j = 0; j < kBlock; ++j) {
-      sum += squared_distance<has_bins>(tables, sign, x[j] * magnitude + (1 << 14));
-    }
+    const int sum = block_error<has_bins>(tables, x, nearest_integer(compared ? fixed : 0.0f));
     const float error = multiplied(added(static_cast<float>(sum), 1.0f), weight);  // + 1: not 0 * infinity
-    if (!(error < least)) continue;
-    least = error;
-    best = entry;
+    if (!(error < best.error)) continue;
+    best = Entry{entry, error};
   }
-  *scale = multiplied(tables.nested_map[best], nested_absmax);
   return best;
+}
+
+// By how much a block's error exceeds that with a scale of absmax; csrc/cpu/search_grid.h.
+NF4_DEVICE int excess_on_grid(float error, float plain_error, float absmax) {
+  const float units = multiplied(added(divided(error, plain_error), -kMostExcess), kExcessUnits);
+  if (absmax == 0.0f || !(units > 0.0f)) return 0;
+  const int whole = nearest_integer(units < kExcessUnits ? units : kExcessUnits);
+  return whole * whole;
+}
+
+// nested_absmax of the grids that are tried, one after the other: 0 to kShifts.
+NF4_DEVICE float shifted_grid(const EncodeTables& tables, float nested_absmax, int attempt) {
+  const float shifted = multiplied(nested_absmax, tables.grid_shifts[attempt]);
+  return shifted < kLargest ? shifted : kLargest;
 }
 
 NF4_DEVICE uint32_t code_of(const EncodeTables& tables, float scaled) {

@@ -31,6 +31,8 @@ EncodeTables encode_tables(const SearchTables& tables) {
     out.squares[i] = tables.squares[i];
     out.inverses[i] = tables.inverses[i];
   }
+  out.grid_shifts[0] = 1;
+  for (int i = 0; i < kShifts; ++i) out.grid_shifts[1 + i] = kGridShifts[i];
   return out;
 }
 

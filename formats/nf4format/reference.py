@@ -127,8 +127,17 @@ def quantize(values: np.ndarray, dtype: Dtype, *, threads: int = 1) -> PackedTen
 MULTIPLIERS = np.arange(14, 27).astype(np.float32) / np.float32(20)
 """float32 [13]: 0.70, 0.75 ... 1.30."""
 
+GRID_FACTORS = np.concatenate([1 + np.arange(1, 9) / 64, [2.5, 2.75, 3, 3.375, 3.75, 4.125, 4.5, 5]]).astype(
+    np.float32
+)
+"""float32 [16]: what nested_absmax is multiplied by to shift a grid on which some block loses too much."""
+
 _UNIT = 5632  # 1.0 in the search's fixed point: csrc/cpu/search.h
 _LARGEST_INVERSE = 8191
+_MOST_EXCESS = np.float32(1.03)  # error over that of the scale absmax from which a grid is to be shifted
+
+# float32 [blocks] from the arguments of _fixed_error.
+_Error = Callable[[np.ndarray, np.ndarray, np.ndarray | bool], np.ndarray]
 
 
 def quantize_search(
@@ -141,10 +150,23 @@ def quantize_search(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Both stages at once, see `nf4format.blocks.quantize_search`; `threads` has no effect here."""
     blocks = _blocks(values, dtype)
-    entry, nested_absmax = _search(blocks, partial(_fixed_error, levels=levels), np.float32(1))
+    search = _Search(blocks, partial(_fixed_error, levels=levels), np.float32(1))
+    wanted = search.wanted(2)
+    nested_absmax = base = search.nested_absmax(wanted[0])
+    entry, error = search.entries(wanted, nested_absmax)
+    excess = search.excess(error)
+    for factor in GRID_FACTORS:
+        with np.errstate(over="ignore"):
+            shifted = np.minimum(base * factor, _LARGEST)
+        shifted_entry, error = search.entries(wanted, shifted)
+        shifted_excess = search.excess(error)
+        better = shifted_excess < excess  # never if there is none to lose: the first grid to end it is kept
+        excess = np.where(better, shifted_excess, excess)
+        nested_absmax = np.where(better, shifted, nested_absmax)
+        entry = np.where(_of_blocks(better, entry.size), shifted_entry, entry)
     # Codes for the scales as they will be decoded.
     with np.errstate(divide="ignore", over="ignore"):
-        scale = NESTED_MAP[entry] * np.repeat(nested_absmax, NESTED_BLOCK)[: entry.size]
+        scale = NESTED_MAP[entry] * _of_blocks(nested_absmax, entry.size)
         factor = np.where(scale == 0, np.float32(0), np.clip(np.float32(1) / scale, -_LARGEST, _LARGEST))
         packed = _packed_codes(blocks * factor[:, None], levels, values.size)
     if codes is None:
@@ -160,53 +182,91 @@ def scale_search(
     blocks = _blocks(values, "float32")
     importance = np.zeros_like(blocks)
     importance.reshape(-1)[: values.size] = np.resize(weights, values.size)
-    error = partial(_weighted_error, levels=levels, importance=importance)
-    return _search(blocks, error, np.float32(1e-30))
+    search = _Search(
+        blocks, partial(_weighted_error, levels=levels, importance=importance), np.float32(1e-30)
+    )
+    wanted = search.wanted(1)
+    nested_absmax = search.nested_absmax(wanted[0])
+    return search.entries(wanted, nested_absmax)[0], nested_absmax
 
 
-def _search(
-    blocks: np.ndarray,
-    error_of: Callable[[np.ndarray, np.ndarray, np.ndarray | bool], np.ndarray],
-    above_zero: np.float32,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Scales that lose least, for an offset of 0.
+def _of_blocks(of_groups: np.ndarray, num_blocks: int) -> np.ndarray:
+    """What each group of 256 blocks has, for each block."""
+    return np.repeat(of_groups, NESTED_BLOCK)[:num_blocks]
 
-    Args:
-        blocks: float32 [blocks, 64].
-        error_of: float32 [blocks] from the arguments of `_fixed_error`.
-        above_zero: added to errors on the grid, so that none times infinity is a NaN.
 
-    Returns:
-        absmax uint8 [blocks], nested_absmax float32 [ceil(blocks / 256)].
-    """
-    absmax = np.abs(blocks).max(axis=1)
-    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
-        fixed = np.rint(blocks * np.minimum(np.float32(32767) / absmax, _LARGEST)[:, None]).astype(np.int32)
-        # 1. Of 26 multiples of absmax, the one with the least error.
-        scale, least = np.zeros_like(absmax), np.full(absmax.shape, np.inf, np.float32)
+class _Search:
+    """Scales of blocks that lose least, for an offset of 0; see csrc/cpu/search.h."""
+
+    def __init__(self, blocks: np.ndarray, error_of: _Error, above_zero: np.float32) -> None:
+        """`above_zero`: added to errors on the grid, so that none times infinity is a NaN."""
+        self._error_of, self._above_zero = error_of, above_zero
+        self._absmax = np.abs(blocks).max(axis=1)
+        with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+            reciprocal = np.minimum(np.float32(32767) / self._absmax, _LARGEST)
+            self._fixed = np.rint(blocks * reciprocal[:, None]).astype(np.int32)
+
+    def wanted(self, count: int) -> np.ndarray:
+        """Of 26 multiples of absmax, those with the least errors, best first: float32 [count, blocks]."""
+        candidates, errors = [], []
         for sign in (np.float32(1), np.float32(-1)):
             for multiplier in MULTIPLIERS:
-                inverse = np.full(absmax.shape, np.rint(_UNIT / np.float64(multiplier)), np.int32)
-                error = error_of(fixed, inverse, bool(sign < 0)) * (multiplier * multiplier)
-                candidate = sign * np.minimum(absmax * multiplier, _LARGEST)
-                scale, least = np.where(error < least, candidate, scale), np.minimum(error, least)
-        # 2. In groups of 256 blocks, of the three entries of the map that are next to it, the best.
-        num_nested = math.ceil(absmax.size / NESTED_BLOCK)
-        padded = np.zeros((num_nested, NESTED_BLOCK), np.float32)
-        padded.reshape(-1)[: absmax.size] = scale
-        nested_absmax, reciprocal = _scale_and_reciprocal(padded)
-        relative = (padded * reciprocal[:, None]).reshape(-1)[: absmax.size]
-        nearest = np.searchsorted(_NESTED_THRESHOLDS, relative, side="left")
-        nested = np.repeat(nested_absmax, NESTED_BLOCK)[: absmax.size]
-        entry, least = nearest, np.full(absmax.shape, np.inf, np.float32)
-        for neighbour in (nearest, np.maximum(nearest - 1, 0), np.minimum(nearest + 1, 255)):
-            ratio = absmax / (NESTED_MAP[neighbour] * nested)
-            compared = abs(ratio * np.float32(_UNIT)) <= _LARGEST_INVERSE
-            inverse = np.where(compared, np.rint(ratio * np.float32(_UNIT)), 0).astype(np.int32)
-            weight = np.where(compared, np.float32(1) / (ratio * ratio), np.float32(np.inf))
-            error = (error_of(fixed, abs(inverse), inverse < 0) + above_zero) * weight
-            entry, least = np.where(error < least, neighbour, entry), np.minimum(error, least)
-    return entry.astype(np.uint8), nested_absmax
+                inverse = np.full(self._absmax.shape, np.rint(_UNIT / np.float64(multiplier)), np.int32)
+                error = self._error_of(self._fixed, inverse, bool(sign < 0))
+                errors.append(error * (multiplier * multiplier))
+                with np.errstate(over="ignore"):
+                    scale = sign * np.minimum(self._absmax * multiplier, _LARGEST)
+                candidates.append(np.where(np.isfinite(errors[-1]), scale, np.float32(0)))
+        best = np.argsort(np.stack(errors), axis=0, kind="stable")[:count]
+        return np.take_along_axis(np.stack(candidates), best, axis=0)
+
+    def nested_absmax(self, wanted: np.ndarray) -> np.ndarray:
+        """The largest magnitude in each group of 256 blocks, float32 [ceil(blocks / 256)]."""
+        return _scale_and_reciprocal(_groups(wanted))[0]
+
+    def entries(self, wanted: np.ndarray, nested_absmax: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of the three entries of the map next to each wanted scale, the best.
+
+        Args:
+            wanted: float32 [any, blocks].
+
+        Returns:
+            absmax uint8 [blocks]; errors float32 [blocks], in units that are the block's own.
+        """
+        num_blocks = self._absmax.size
+        nested = _of_blocks(nested_absmax, num_blocks)
+        chosen, least = None, np.full(num_blocks, np.inf, np.float32)
+        with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+            for scale in wanted:
+                relative = scale * np.minimum(np.float32(1) / nested, _LARGEST)
+                nearest = np.searchsorted(_NESTED_THRESHOLDS, relative, side="left")
+                chosen = nearest if chosen is None else chosen
+                for entry in (nearest, np.maximum(nearest - 1, 0), np.minimum(nearest + 1, 255)):
+                    ratio = self._absmax / (NESTED_MAP[entry] * nested)
+                    compared = abs(ratio * np.float32(_UNIT)) <= _LARGEST_INVERSE
+                    inverse = np.where(compared, np.rint(ratio * np.float32(_UNIT)), 0).astype(np.int32)
+                    weight = np.where(compared, np.float32(1) / (ratio * ratio), np.float32(np.inf))
+                    error = self._error_of(self._fixed, abs(inverse), inverse < 0) + self._above_zero
+                    error = error * weight
+                    chosen, least = np.where(error < least, entry, chosen), np.minimum(error, least)
+        return chosen.astype(np.uint8), least
+
+    def excess(self, error: np.ndarray) -> np.ndarray:
+        """By how much blocks have more error than with a scale of absmax: int64 [ceil(blocks / 256)].
+
+        Sums over groups of squares, in units of 1 / 1024 of that error; up to 3% count as none.
+        """
+        plain = self._error_of(self._fixed, np.full(error.shape, _UNIT, np.int32), False) + self._above_zero
+        units = np.clip((error / plain - _MOST_EXCESS) * np.float32(1024), np.float32(0), np.float32(1024))
+        units = np.where(self._absmax == 0, np.float32(0), units)
+        return np.square(np.rint(_groups(units)).astype(np.int64)).sum(axis=1)
+
+
+def _groups(of_blocks: np.ndarray) -> np.ndarray:
+    """float32 [blocks] as [groups, 256], the last filled up with zeros."""
+    padded = np.zeros((math.ceil(of_blocks.size / NESTED_BLOCK), NESTED_BLOCK), np.float32)
+    padded.reshape(-1)[: of_blocks.size] = of_blocks
+    return padded
 
 
 def _distances(

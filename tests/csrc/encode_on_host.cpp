@@ -12,21 +12,36 @@ template <bool has_bins>
 void search_group(const EncodeTables& tables, const void* values, Dtype dtype, int64_t begin, int64_t count,
                   uint8_t* codes, uint8_t* entries, float* nested) {
   std::vector<int> x(count * kBlock);
-  std::vector<float> absmax(count), scales(count);
+  std::vector<float> absmax(count);
+  std::vector<Wanted> wanted(count);
   uint32_t largest = 0;
   for (int64_t i = 0; i < count; ++i) {
     const void* block = block_at(values, dtype, begin + i);
     absmax[i] = from_bits(largest_bits(block, dtype));
     load_fixed(block, dtype, absmax[i], &x[i * kBlock]);
-    scales[i] = best_scale<has_bins>(tables, &x[i * kBlock], absmax[i]);
-    const uint32_t magnitude = bits(scales[i]) & 0x7fffffffu;
+    wanted[i] = best_scales<has_bins>(tables, &x[i * kBlock], absmax[i]);
+    const uint32_t magnitude = bits(wanted[i].scales[0]) & 0x7fffffffu;
     if (magnitude > largest) largest = magnitude;
   }
-  *nested = from_bits(largest);
+  int least = INT32_MAX;
+  for (int attempt = 0; attempt <= kShifts && least > 0; ++attempt) {
+    const float shifted = shifted_grid(tables, from_bits(largest), attempt);
+    std::vector<uint8_t> found(count);
+    int excess = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const Entry entry = best_entry<has_bins>(tables, &x[i * kBlock], absmax[i], wanted[i], shifted);
+      found[i] = uint8_t(entry.index);
+      excess += excess_on_grid(entry.error, wanted[i].plain_error, absmax[i]);
+    }
+    if (excess >= least) continue;
+    least = excess;
+    *nested = shifted;
+    memcpy(entries, found.data(), found.size());
+  }
   for (int64_t i = 0; i < count; ++i) {
-    entries[i] = uint8_t(best_entry<has_bins>(tables, &x[i * kBlock], absmax[i], *nested, &scales[i]));
     uint4 words[2];
-    encode_block(tables, block_at(values, dtype, begin + i), dtype, factor_of_scale(scales[i]), words);
+    const float factor = factor_of_scale(multiplied(tables.nested_map[entries[i]], *nested));
+    encode_block(tables, block_at(values, dtype, begin + i), dtype, factor, words);
     memcpy(codes + i * kBlockBytes, words, sizeof words);
   }
 }
