@@ -32,13 +32,14 @@ struct Found {
   float wanted[kNestedBlock * kWanted];
 };
 
-// `count` blocks from `first` on, onto a grid.
-void fit(const SearchTables& tables, const Found& found, int64_t first, int64_t count, float nested_absmax,
-         Fitted& fitted) {
-  using Entries = Grid<kWanted>;
+// `count` blocks from `first` on, onto a grid, near the wanted scales [count, kNear].
+template <int kNear>
+void fit(const SearchTables& tables, const Found& found, const float* wanted, int64_t first, int64_t count,
+         float nested_absmax, Fitted& fitted) {
+  using Entries = Grid<kNear>;
   Entries grid;
   int32_t errors[kNestedBlock * Entries::kTried];
-  grid.fill(found.absmax + first, found.wanted + first * kWanted, count, nested_absmax);
+  grid.fill(found.absmax + first, wanted, count, nested_absmax);
   const int16_t* const x = found.x + first * kBlock;
   chosen_kernels().measure_blocks(tables, x, grid.inverses, count, Entries::kTried, errors);
   // + 1: not 0 times infinity.
@@ -46,8 +47,8 @@ void fit(const SearchTables& tables, const Found& found, int64_t first, int64_t 
   grid.choose(count, fitted.entries + first, fitted.scales + first, fitted.errors + first);
 }
 
-// Shifts the grid if blocks have too much error on it: to the first one on which none has, or else to that
-// with the least excess. Returns nested_absmax.
+// If blocks have too much error on a grid: looks near absmax, too, and then on other grids, for the first one
+// on which none has, or else for that with the least excess. Returns nested_absmax.
 float shift_grid(const SearchTables& tables, const Found& found, int64_t count, float nested_absmax,
                  Fitted& fitted) {
   int16_t inverses[kNestedBlock];
@@ -71,8 +72,12 @@ float shift_grid(const SearchTables& tables, const Found& found, int64_t count, 
     Fitted on_grid;
     int32_t sum = 0;
     for (int64_t i = 0; i < count && sum < least; ++i) {
-      fit(tables, found, order[i], 1, shifted, on_grid);
-      sum += excess_at(on_grid, order[i]);
+      const int64_t block = order[i];
+      float wanted[kWanted + 1];
+      std::copy_n(found.wanted + block * kWanted, kWanted, wanted);
+      wanted[kWanted] = found.absmax[block];
+      fit<kWanted + 1>(tables, found, wanted, block, 1, shifted, on_grid);
+      sum += excess_at(on_grid, block);
     }
     if (sum >= least) continue;
     least = sum;
@@ -98,7 +103,7 @@ int64_t encode_group(const SearchTables& tables, const Group& group, Dtype dtype
   }
   Fitted fitted;
   const float largest = largest_magnitude_of(found.wanted, count, kWanted);
-  fit(tables, found, 0, count, largest, fitted);
+  fit<kWanted>(tables, found, found.wanted, 0, count, largest, fitted);
   *nested_absmax = shift_grid(tables, found, count, largest, fitted);
   memcpy(absmax, fitted.entries, size_t(count));
   const float* const scales = fitted.scales;

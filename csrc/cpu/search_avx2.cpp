@@ -58,6 +58,44 @@ class Distances {
   __m256i first_, low_, high_, borders_, middles_, halves_;
 };
 
+// Distances from the nearest levels in the coarse fixed point, of 32 values at once.
+class CoarseDistances {
+ public:
+  explicit CoarseDistances(const CoarseLevels& levels)
+      : low_above_(table(levels.bin_lows)),
+        low_below_(table(levels.bin_lows + 16)),
+        high_above_(table(levels.bin_highs)),
+        high_below_(table(levels.bin_highs + 16)),
+        levels_(levels.levels) {}
+
+  // `above`: the bin of a y that is not negative, and 128 or more for the others; `below`: the reverse.
+  __m256i from_bins(__m256i y, __m256i above, __m256i below) const {
+    const auto look_up = [&](__m256i first, __m256i second) {
+      return _mm256_or_si256(_mm256_shuffle_epi8(first, above), _mm256_shuffle_epi8(second, below));
+    };
+    return _mm256_min_epu8(magnitude(y, look_up(low_above_, low_below_)),
+                           magnitude(y, look_up(high_above_, high_below_)));
+  }
+
+  // Where bins do not serve.
+  __m256i from_any(__m256i y) const {
+    __m256i least = _mm256_set1_epi8(-1);
+    for (int i = 0; i < 16; ++i) least = _mm256_min_epu8(least, magnitude(y, _mm256_set1_epi8(levels_[i])));
+    return least;
+  }
+
+ private:
+  static __m256i table(const int8_t* entries) {
+    return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(entries)));
+  }
+
+  // Saturated: what is farther than 127 is never the nearest.
+  static __m256i magnitude(__m256i y, __m256i level) { return _mm256_abs_epi8(_mm256_subs_epi8(y, level)); }
+
+  __m256i low_above_, low_below_, high_above_, high_below_;
+  const int8_t* levels_;
+};
+
 // Lane i: the sum of the lanes of sums[i].
 __m256i sum_each(const __m256i* sums) {
   const __m256i first = _mm256_hadd_epi32(_mm256_hadd_epi32(sums[0], sums[1]),  //
@@ -92,14 +130,14 @@ void two_least(const SearchTables& tables, const __m256i* sums, float absmax, fl
     if (i & 1) errors[i] = _mm256_blend_ps(errors[i], infinity, 0xe0);
   }
   const int least = least_of(errors);
-  wanted[0] = scale_of(least & 15, least >= 16, absmax);
+  wanted[0] = scale_of(tables.multipliers[least & 15], least >= 16, absmax);
   const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
   for (int i = 0; i < 4; ++i) {
     const __m256i taken = _mm256_cmpeq_epi32(lanes, _mm256_set1_epi32(least - 8 * i));
     errors[i] = _mm256_blendv_ps(errors[i], infinity, _mm256_castsi256_ps(taken));
   }
   const int second = least_of(errors);
-  wanted[1] = scale_of(second & 15, second >= 16, absmax);
+  wanted[1] = scale_of(tables.multipliers[second & 15], second >= 16, absmax);
 }
 
 // Codes are kept as negative numbers, because comparisons give 0 or -1, and tables laid out by -index modulo
@@ -149,37 +187,70 @@ void store_codes(const __m256i* negative, uint8_t* codes) {
 
 }  // namespace
 
-int64_t find_scales_avx2(const SearchTables& tables, const void* values, Dtype dtype, int64_t num_blocks,
-                         int16_t* x, float* absmax, float* wanted) {
-  const Distances plus(tables.plus), minus(tables.minus);
+namespace {
+
+// Sums of squared distances of a block, for one multiplier and both signs, as 8 partial sums.
+template <bool has_bins>
+void add_up(const CoarseDistances& plus, const CoarseDistances& minus, const __m256i* x, __m256i inverse,
+            __m256i* above, __m256i* below) {
+  const __m256i low_bits = _mm256_set1_epi8(0x0f), sign_bit = _mm256_set1_epi8(-128);
+  __m256i squares[2][2];  // in 16 bits: four of at most 84^2 stay below 2^15
+  for (int i = 0; i < 2; ++i) {
+    const __m256i y = _mm256_packs_epi16(_mm256_mulhrs_epi16(x[2 * i], inverse),
+                                         _mm256_mulhrs_epi16(x[2 * i + 1], inverse));
+    __m256i distances[2];
+    if (has_bins) {
+      const __m256i bin = _mm256_and_si256(_mm256_srli_epi16(y, kCoarseBinShift), low_bits);
+      const __m256i not_negative = _mm256_or_si256(bin, _mm256_and_si256(y, sign_bit));
+      const __m256i negative = _mm256_xor_si256(not_negative, sign_bit);
+      distances[0] = plus.from_bins(y, not_negative, negative);
+      distances[1] = minus.from_bins(y, not_negative, negative);
+    } else {
+      distances[0] = plus.from_any(y);
+      distances[1] = minus.from_any(y);
+    }
+    for (int sign = 0; sign < 2; ++sign) {
+      squares[sign][i] = _mm256_maddubs_epi16(distances[sign], distances[sign]);
+    }
+  }
+  const __m256i ones = _mm256_set1_epi16(1);
+  *above = _mm256_madd_epi16(_mm256_add_epi16(squares[0][0], squares[0][1]), ones);
+  *below = _mm256_madd_epi16(_mm256_add_epi16(squares[1][0], squares[1][1]), ones);
+}
+
+template <bool has_bins>
+int64_t find_scales(const SearchTables& tables, const void* values, Dtype dtype, int64_t num_blocks,
+                    int16_t* x, float* absmax, float* wanted) {
+  const CoarseDistances plus(tables.coarse_plus), minus(tables.coarse_minus);
   for (int64_t block = 0; block < num_blocks; ++block) {
     __m256 parts[8];
     for (int part = 0; part < 8; ++part) parts[part] = load_part(values, dtype, part);
     absmax[block] = largest_magnitude(parts);
     if (!(absmax[block] < __builtin_inff())) return block;
     const __m256 factor = _mm256_set1_ps(limited_inverse(32767.0f, absmax[block]));
-    __m256i* const fixed = reinterpret_cast<__m256i*>(x + block * kBlock);
+    __m256i fixed[4];
     for (int i = 0; i < 4; ++i) {
-      _mm256_storeu_si256(fixed + i,
-                          _mm256_packs_epi32(_mm256_cvtps_epi32(_mm256_mul_ps(parts[2 * i], factor)),
-                                             _mm256_cvtps_epi32(_mm256_mul_ps(parts[2 * i + 1], factor))));
+      fixed[i] = _mm256_packs_epi32(_mm256_cvtps_epi32(_mm256_mul_ps(parts[2 * i], factor)),
+                                    _mm256_cvtps_epi32(_mm256_mul_ps(parts[2 * i + 1], factor)));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(x + block * kBlock) + i, fixed[i]);
     }
-    __m256i sums[32] = {};
+    __m256i sums[32];
+    for (int i = kMultipliers; i < 16; ++i) sums[i] = sums[16 + i] = _mm256_setzero_si256();
     for (int i = 0; i < kMultipliers; ++i) {
-      const __m256i inverse = _mm256_set1_epi16(tables.inverses[i]);
-      __m256i above = _mm256_setzero_si256(), below = _mm256_setzero_si256();
-      for (int j = 0; j < 4; ++j) {
-        const __m256i y = _mm256_mulhrs_epi16(_mm256_loadu_si256(fixed + j), inverse);
-        above = plus.add(above, y);
-        below = minus.add(below, y);
-      }
-      sums[i] = above;
-      sums[16 + i] = below;
+      add_up<has_bins>(plus, minus, fixed, _mm256_set1_epi16(tables.inverses[i]), sums + i, sums + 16 + i);
     }
     two_least(tables, sums, absmax[block], wanted + block * kWanted);
     values = static_cast<const char*>(values) + kBlock * (dtype == Dtype::float32 ? 4 : 2);
   }
   return -1;
+}
+
+}  // namespace
+
+int64_t find_scales_avx2(const SearchTables& tables, const void* values, Dtype dtype, int64_t num_blocks,
+                         int16_t* x, float* absmax, float* wanted) {
+  const auto find = tables.has_bins ? find_scales<true> : find_scales<false>;
+  return find(tables, values, dtype, num_blocks, x, absmax, wanted);
 }
 
 void measure_blocks_avx2(const SearchTables& tables, const int16_t* x, const int16_t* inverses,

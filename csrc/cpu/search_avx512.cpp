@@ -5,7 +5,6 @@
 
 namespace nf4 {
 
-int64_t find_scales_avx2(const SearchTables&, const void*, Dtype, int64_t, int16_t*, float*, float*);
 void measure_blocks_avx2(const SearchTables&, const int16_t*, const int16_t*, int64_t, int, int32_t*);
 
 namespace {
@@ -50,6 +49,19 @@ class Distances {
   __m512i middles_, halves_;
 };
 
+// Distances from the nearest levels in the coarse fixed point, of 64 values at once.
+struct CoarseDistances {
+  __m512i tables[4];
+  explicit CoarseDistances(const CoarseLevels& levels) {
+    for (int i = 0; i < 4; ++i) tables[i] = _mm512_load_si512(levels.distances + 64 * i);
+  }
+
+  __m512i of(__m512i y, __mmask64 negative) const {
+    const __m512i above = _mm512_permutex2var_epi8(tables[0], y, tables[1]);
+    return _mm512_mask_mov_epi8(above, negative, _mm512_permutex2var_epi8(tables[2], y, tables[3]));
+  }
+};
+
 // Lane i: the sum of the lanes of sums[i].
 __m512i sum_each(const __m512i* sums) {
   __m512i fours[4];
@@ -80,7 +92,7 @@ void two_least(const SearchTables& tables, const __m512i* sums, float absmax, fl
     const unsigned low = _mm512_cmp_ps_mask(plus, least, _CMP_EQ_OQ);
     const unsigned high = _mm512_cmp_ps_mask(minus, least, _CMP_EQ_OQ);
     const int first = __builtin_ctz(low | high << 16);
-    wanted[i] = scale_of(first & 15, first >= 16, absmax);
+    wanted[i] = scale_of(tables.multipliers[first & 15], first >= 16, absmax);
     plus = _mm512_mask_mov_ps(plus, __mmask16(1u << first), infinity);
     minus = _mm512_mask_mov_ps(minus, __mmask16((1u << first) >> 16), infinity);
   }
@@ -122,8 +134,7 @@ void store_codes(__m512i code, uint8_t* bytes) {
 
 int64_t find_scales_avx512(const SearchTables& tables, const void* values, Dtype dtype, int64_t num_blocks,
                            int16_t* x, float* absmax, float* wanted) {
-  if (!tables.has_bins) return find_scales_avx2(tables, values, dtype, num_blocks, x, absmax, wanted);
-  const Distances plus(tables.plus), minus(tables.minus);
+  const CoarseDistances plus(tables.coarse_plus), minus(tables.coarse_minus);
   for (int64_t block = 0; block < num_blocks; ++block) {
     __m512 parts[4];
     for (int part = 0; part < 4; ++part) parts[part] = load_part(values, dtype, part);
@@ -140,14 +151,12 @@ int64_t find_scales_avx512(const SearchTables& tables, const void* values, Dtype
     for (int i = kMultipliers; i < 16; ++i) sums[i] = sums[16 + i] = _mm512_setzero_si512();
     for (int i = 0; i < kMultipliers; ++i) {
       const __m512i inverse = _mm512_set1_epi16(tables.inverses[i]);
-      __m512i above = _mm512_setzero_si512(), below = _mm512_setzero_si512();
-      for (int j = 0; j < 2; ++j) {
-        const __m512i y = _mm512_mulhrs_epi16(fixed[j], inverse), bin = _mm512_srai_epi16(y, kBinShift);
-        above = plus.add(above, y, bin);
-        below = minus.add(below, y, bin);
-      }
-      sums[i] = above;
-      sums[16 + i] = below;
+      const __m512i y =
+          _mm512_packs_epi16(_mm512_mulhrs_epi16(fixed[0], inverse), _mm512_mulhrs_epi16(fixed[1], inverse));
+      const __mmask64 negative = _mm512_movepi8_mask(y);
+      const __m512i above = plus.of(y, negative), below = minus.of(y, negative);
+      sums[i] = _mm512_dpbusd_epi32(_mm512_setzero_si512(), above, above);
+      sums[16 + i] = _mm512_dpbusd_epi32(_mm512_setzero_si512(), below, below);
     }
     two_least(tables, sums, absmax[block], wanted + block * kWanted);
     values = static_cast<const char*>(values) + kBlock * (dtype == Dtype::float32 ? 4 : 2);

@@ -38,6 +38,15 @@ int32_t error_of(const SearchTables& tables, bool minus, const int16_t* x, int32
   return tables.has_bins ? error_with<true>(levels, x, inverse) : error_with<false>(levels, x, inverse);
 }
 
+int32_t coarse_error(const CoarseLevels& levels, const int16_t* x, int32_t inverse) {
+  int32_t sum = 0;
+  for (int64_t i = 0; i < kBlock; ++i) {
+    const int32_t distance = levels.distances[((x[i] * inverse + (1 << 14)) >> 15) & 255];
+    sum += distance * distance;
+  }
+  return sum;
+}
+
 unsigned code_of(const SearchTables& tables, float scaled) {
   const float* const thresholds = tables.thresholds;
   unsigned code = scaled > thresholds[7] ? 8 : 0;
@@ -61,9 +70,9 @@ int64_t find_scales_portable(const SearchTables& tables, const void* values, Dty
     wanted[0] = wanted[1] = 0.0f;
     for (int sign = 0; sign < 2; ++sign) {
       for (int i = 0; i < kMultipliers; ++i) {
-        const int32_t sum = error_of(tables, sign, x, tables.inverses[i]);
-        const float error = float(sum) * tables.squares[i];
-        const float scale = scale_of(i, sign, absmax[block]);
+        const CoarseLevels& levels = sign ? tables.coarse_minus : tables.coarse_plus;
+        const float error = float(coarse_error(levels, x, tables.inverses[i])) * tables.squares[i];
+        const float scale = scale_of(tables.multipliers[i], sign, absmax[block]);
         if (error < least) {
           wanted[1] = wanted[0];
           second = least;

@@ -81,11 +81,13 @@ void scale_search(const float* levels, const float* thresholds, const float* val
       for (int candidate = 0; candidate < 2 * kMultipliers; ++candidate) {
         const bool minus = candidate >= kMultipliers;
         const int index = minus ? candidate - kMultipliers : candidate;
-        const int32_t inverse = minus ? -tables.inverses[index] : tables.inverses[index];
-        const float error = error_of(tables, block.x, block.weights, inverse) * tables.squares[index];
+        const float multiplier = nominal_multiplier(index);
+        const int32_t magnitude = int32_t(std::nearbyint(kUnit / double(multiplier)));
+        const int32_t inverse = minus ? -magnitude : magnitude;
+        const float error = error_of(tables, block.x, block.weights, inverse) * (multiplier * multiplier);
         if (!(error < least)) continue;
         least = error;
-        scales[i] = scale_of(index, minus, magnitudes[i]);
+        scales[i] = scale_of(multiplier, minus, magnitudes[i]);
       }
     }
     using Entries = Grid<1>;

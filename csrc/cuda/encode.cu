@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const float shifted = shifted_grid(shared, from_bits(largest_scale), attempt);
     Entry found = {};
     if (is_here) {
-      found = best_entry<has_bins>(shared, x, absmax, wanted, shifted);
+      found = best_entry<has_bins>(shared, x, absmax, wanted, attempt > 0, shifted);
       const int own = excess_on_grid(found.error, wanted.plain_error, absmax);
       if (own > 0) atomicAdd(&excess[attempt], own);
     }

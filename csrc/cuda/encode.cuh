@@ -30,16 +30,19 @@ namespace nf4 {
 // What all blocks share, in shared memory. 32 bins lie in as many banks, so that lanes never wait for each
 // other whatever they look up.
 struct EncodeTables {
-  // By bin of y: the middle between the two nearest levels (high half) and minus half their distance.
-  uint32_t bins[2][kBins];         // plus, minus
-  int pairs[2][3][kPairs];         // borders, middles, minus halves; for levels without bins
-  float thresholds[16];            // ascending, and infinity
-  float midpoints[256];            // of kNestedMap, and infinity
-  float nested_map[256];           // kNestedMap
-  float multipliers[16];           // 0.70, 0.75 ...
-  float squares[16];               // of them
-  int inverses[16];                // of them
-  float grid_shifts[kShifts + 1];  // 1, kGridShifts
+  // By bin of y: the middle between the two nearest levels (high half) and minus half their distance. Of the
+  // coarse ones the double.
+  uint32_t bins[2][kBins];  // plus, minus
+  uint32_t coarse_bins[2][kBins];
+  int pairs[2][3][kPairs];           // borders, middles, minus halves; for levels without bins
+  uint8_t coarse_distances[2][256];  // by y modulo 256; for levels without bins
+  float thresholds[16];              // ascending, and infinity
+  float midpoints[256];              // of kNestedMap, and infinity
+  float nested_map[256];             // kNestedMap
+  float multipliers[16];             // about 0.70, 0.75 ...
+  float squares[16];                 // of them
+  int inverses[16];                  // of them, in the coarse fixed point
+  float grid_shifts[1 + kShifts];    // 1, kGridShifts
 };
 
 // From levels as the CPU's search wants them.
@@ -161,6 +164,22 @@ NF4_DEVICE int squared_distance(const EncodeTables& tables, int sign, int produc
   return distance * distance;
 }
 
+// The same in the coarse fixed point, times 4.
+template <bool has_bins>
+NF4_DEVICE int coarse_squared_distance(const EncodeTables& tables, int sign, int product) {
+  if (has_bins) {
+    const int twice_y = (product >> 14) & ~1;
+    const uint32_t offset = static_cast<uint32_t>(product >> (15 + kCoarseBinShift - 2)) & (4 * kBins - 4);
+    const uint32_t bin =
+        *reinterpret_cast<const uint32_t*>(reinterpret_cast<const char*>(tables.coarse_bins[sign]) + offset);
+    const int distance =
+        distance_plus(twice_y, static_cast<int>(bin) >> 16, static_cast<int16_t>(bin & 0xffffu));
+    return distance * distance;
+  }
+  const int distance = tables.coarse_distances[sign][(product >> 15) & 255];
+  return 4 * distance * distance;
+}
+
 // Sum over the block of squared distances, for a scale and its inverse in fixed point.
 template <bool has_bins>
 NF4_DEVICE int block_error(const EncodeTables& tables, const int* x, int inverse) {
@@ -215,8 +234,8 @@ NF4_DEVICE Wanted best_scales(const EncodeTables& tables, const int* x, float ab
 #pragma unroll
     for (int j = 0; j < kBlock; ++j) {
       const int product = x[j] * inverse + (1 << 14);
-      sums[0] += squared_distance<has_bins>(tables, 0, product);
-      sums[1] += squared_distance<has_bins>(tables, 1, product);
+      sums[0] += coarse_squared_distance<has_bins>(tables, 0, product);
+      sums[1] += coarse_squared_distance<has_bins>(tables, 1, product);
     }
     consider(plus, multiplied(static_cast<float>(sums[0]), tables.squares[i]), i);
     consider(minus, multiplied(static_cast<float>(sums[1]), tables.squares[i]), 16 + i);
@@ -236,18 +255,19 @@ struct Entry {
   float error;
 };
 
-// The best of the three entries of the map next to either scale.
+// The best of the three entries of the map next to either scale, and those next to absmax if asked for.
 template <bool has_bins>
 NF4_DEVICE Entry best_entry(const EncodeTables& tables, const int* x, float absmax, const Wanted& wanted,
-                            float nested_absmax) {
+                            bool near_absmax, float nested_absmax) {
   const float inverse_nested = limited(divided(1.0f, nested_absmax));
   Entry best = {0, from_bits(kInfinityBits)};
   int nearest = 0;
 #pragma unroll 1
-  for (int tried = 0; tried < 3 * kWanted; ++tried) {
-    const int place = tried < 3 ? tried : tried - 3;
+  for (int tried = 0; tried < (near_absmax ? 9 : 6); ++tried) {
+    const int place = tried % 3;
     if (place == 0) {
-      const float relative = multiplied(tried == 0 ? wanted.scales[0] : wanted.scales[1], inverse_nested);
+      const float scale = tried == 0 ? wanted.scales[0] : tried == 3 ? wanted.scales[1] : absmax;
+      const float relative = multiplied(scale, inverse_nested);
       nearest = 0;  // midpoints below
 #pragma unroll
       for (int step = 128; step > 0; step /= 2) {
@@ -278,7 +298,8 @@ NF4_DEVICE int excess_on_grid(float error, float plain_error, float absmax) {
   return whole * whole;
 }
 
-// nested_absmax of the grids that are tried, one after the other: 0 to kShifts.
+// nested_absmax of the grids that are tried, one after the other: attempts 0 to kShifts, the first without
+// entries near absmax.
 NF4_DEVICE float shifted_grid(const EncodeTables& tables, float nested_absmax, int attempt) {
   const float shifted = multiplied(nested_absmax, tables.grid_shifts[attempt]);
   return shifted < kLargest ? shifted : kLargest;

@@ -153,12 +153,17 @@ def quantize_search(
     """Both stages at once, with scales that are searched for: less error for the same decoder.
 
     Decoding multiplies a level by its block's scale, so a scale may be negative (levels are not symmetric),
-    and need not be the largest magnitude. For each block, 0.70, 0.75 ... 1.30 times absmax and the same with
-    a minus are tried. nested_offset is 0, nested_absmax the largest magnitude of the scales found in 256
-    blocks; among the three entries of NESTED_MAP next to a scale, the one with the least error is kept, and
-    codes are the nearest levels for what it decodes to. Errors are computed in integers: every instruction
-    set and any number of threads give the same bytes, as `nf4format.reference` spells them out. Consecutive
-    chunks, each a multiple of 64 * 256 elements but the last, give the same bytes as one call on the whole.
+    and need not be the largest magnitude. For each block, about 0.70, 0.75 ... 1.30 times absmax and the same
+    with a minus are tried, coarsely. nested_offset is 0, nested_absmax the largest magnitude of the best
+    scales of 256 blocks; among the three entries of NESTED_MAP next to the best scale and the three next to
+    the second best, the one with the least error is kept, and codes are the nearest levels for what it
+    decodes to. If then a block has over 3% more error than with absmax itself, entries next to absmax are
+    tried, too, and up to 16 larger nested_absmax: the first with which there is no such block, or else that
+    with the least excess.
+
+    Errors are computed in integers: every instruction set and any number of threads give the same bytes, as
+    `nf4format.reference` spells them out. Consecutive chunks, each a multiple of 64 * 256 elements but the
+    last, give the same bytes as one call on the whole.
 
     Args:
         values: [n], the array type of `dtype`.
@@ -192,7 +197,10 @@ def quantize_search(
 def scale_search(
     values: np.ndarray, weights: np.ndarray, *, levels: np.ndarray = NF4_LEVELS, threads: int = 1
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The scales of `quantize_search`, where errors of some values matter more than those of others.
+    """Scales as in `quantize_search`, where errors of some values matter more than those of others.
+
+    Of 26 multiples of absmax the best is taken, and of the three entries of NESTED_MAP next to it the best;
+    nested_absmax is the largest magnitude of the scales found.
 
     Args:
         values: float32 [n], finite.

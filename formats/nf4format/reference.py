@@ -127,12 +127,11 @@ def quantize(values: np.ndarray, dtype: Dtype, *, threads: int = 1) -> PackedTen
 MULTIPLIERS = np.arange(14, 27).astype(np.float32) / np.float32(20)
 """float32 [13]: 0.70, 0.75 ... 1.30."""
 
-GRID_FACTORS = np.concatenate([1 + np.arange(1, 9) / 64, [2.5, 2.75, 3, 3.375, 3.75, 4.125, 4.5, 5]]).astype(
-    np.float32
-)
-"""float32 [16]: what nested_absmax is multiplied by to shift a grid on which some block loses too much."""
+GRID_SHIFTS = np.array([*(1 + np.arange(9) / 64), 2.5, 2.75, 3, 3.375, 3.75, 4.125, 4.5, 5], np.float32)
+"""float32 [17]: what nested_absmax is multiplied by to shift a grid on which some block loses too much."""
 
 _UNIT = 5632  # 1.0 in the search's fixed point: csrc/cpu/search.h
+_COARSE_UNIT = 89
 _LARGEST_INVERSE = 8191
 _MOST_EXCESS = np.float32(1.03)  # error over that of the scale absmax from which a grid is to be shifted
 
@@ -151,13 +150,17 @@ def quantize_search(
     """Both stages at once, see `nf4format.blocks.quantize_search`; `threads` has no effect here."""
     blocks = _blocks(values, dtype)
     search = _Search(blocks, partial(_fixed_error, levels=levels), np.float32(1))
-    wanted = search.wanted(2)
+    inverses = np.rint(_COARSE_UNIT / MULTIPLIERS.astype(np.float64)).astype(np.int32)
+    multipliers = np.float32(_COARSE_UNIT) / inverses.astype(np.float32)
+    coarse_error = partial(_fixed_error, levels=levels, unit=_COARSE_UNIT)
+    wanted = search.wanted(2, inverses, multipliers, coarse_error)
     nested_absmax = base = search.nested_absmax(wanted[0])
     entry, error = search.entries(wanted, nested_absmax)
     excess = search.excess(error)
-    for factor in GRID_FACTORS:
+    wanted = np.concatenate([wanted, search.absmax[None]])
+    for shift in GRID_SHIFTS:
         with np.errstate(over="ignore"):
-            shifted = np.minimum(base * factor, _LARGEST)
+            shifted = np.minimum(base * shift, _LARGEST)
         shifted_entry, error = search.entries(wanted, shifted)
         shifted_excess = search.excess(error)
         better = shifted_excess < excess  # never if there is none to lose: the first grid to end it is kept
@@ -182,10 +185,10 @@ def scale_search(
     blocks = _blocks(values, "float32")
     importance = np.zeros_like(blocks)
     importance.reshape(-1)[: values.size] = np.resize(weights, values.size)
-    search = _Search(
-        blocks, partial(_weighted_error, levels=levels, importance=importance), np.float32(1e-30)
-    )
-    wanted = search.wanted(1)
+    error_of = partial(_weighted_error, levels=levels, importance=importance)
+    search = _Search(blocks, error_of, np.float32(1e-30))
+    inverses = np.rint(_UNIT / MULTIPLIERS.astype(np.float64)).astype(np.int32)
+    wanted = search.wanted(1, inverses, MULTIPLIERS, error_of)
     nested_absmax = search.nested_absmax(wanted[0])
     return search.entries(wanted, nested_absmax)[0], nested_absmax
 
@@ -201,21 +204,29 @@ class _Search:
     def __init__(self, blocks: np.ndarray, error_of: _Error, above_zero: np.float32) -> None:
         """`above_zero`: added to errors on the grid, so that none times infinity is a NaN."""
         self._error_of, self._above_zero = error_of, above_zero
-        self._absmax = np.abs(blocks).max(axis=1)
+        self.absmax = np.abs(blocks).max(axis=1)
         with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
-            reciprocal = np.minimum(np.float32(32767) / self._absmax, _LARGEST)
+            reciprocal = np.minimum(np.float32(32767) / self.absmax, _LARGEST)
             self._fixed = np.rint(blocks * reciprocal[:, None]).astype(np.int32)
 
-    def wanted(self, count: int) -> np.ndarray:
-        """Of 26 multiples of absmax, those with the least errors, best first: float32 [count, blocks]."""
+    def wanted(
+        self, count: int, inverses: np.ndarray, multipliers: np.ndarray, error_of: _Error
+    ) -> np.ndarray:
+        """Of multiples of absmax and the same with a minus, those with the least errors, best first.
+
+        Args:
+            inverses: int32 [any], the multipliers' in the fixed point of `error_of`.
+
+        Returns:
+            float32 [count, blocks].
+        """
         candidates, errors = [], []
         for sign in (np.float32(1), np.float32(-1)):
-            for multiplier in MULTIPLIERS:
-                inverse = np.full(self._absmax.shape, np.rint(_UNIT / np.float64(multiplier)), np.int32)
-                error = self._error_of(self._fixed, inverse, bool(sign < 0))
+            for inverse, multiplier in zip(inverses, multipliers, strict=True):
+                error = error_of(self._fixed, np.full(self.absmax.shape, inverse), bool(sign < 0))
                 errors.append(error * (multiplier * multiplier))
                 with np.errstate(over="ignore"):
-                    scale = sign * np.minimum(self._absmax * multiplier, _LARGEST)
+                    scale = sign * np.minimum(self.absmax * multiplier, _LARGEST)
                 candidates.append(np.where(np.isfinite(errors[-1]), scale, np.float32(0)))
         best = np.argsort(np.stack(errors), axis=0, kind="stable")[:count]
         return np.take_along_axis(np.stack(candidates), best, axis=0)
@@ -233,16 +244,16 @@ class _Search:
         Returns:
             absmax uint8 [blocks]; errors float32 [blocks], in units that are the block's own.
         """
-        num_blocks = self._absmax.size
+        num_blocks = self.absmax.size
         nested = _of_blocks(nested_absmax, num_blocks)
-        chosen, least = None, np.full(num_blocks, np.inf, np.float32)
+        chosen, least = np.zeros(num_blocks, np.int64), np.full(num_blocks, np.inf, np.float32)
         with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
-            for scale in wanted:
+            for index, scale in enumerate(wanted):
                 relative = scale * np.minimum(np.float32(1) / nested, _LARGEST)
                 nearest = np.searchsorted(_NESTED_THRESHOLDS, relative, side="left")
-                chosen = nearest if chosen is None else chosen
+                chosen = chosen if index else nearest
                 for entry in (nearest, np.maximum(nearest - 1, 0), np.minimum(nearest + 1, 255)):
-                    ratio = self._absmax / (NESTED_MAP[entry] * nested)
+                    ratio = self.absmax / (NESTED_MAP[entry] * nested)
                     compared = abs(ratio * np.float32(_UNIT)) <= _LARGEST_INVERSE
                     inverse = np.where(compared, np.rint(ratio * np.float32(_UNIT)), 0).astype(np.int32)
                     weight = np.where(compared, np.float32(1) / (ratio * ratio), np.float32(np.inf))
@@ -258,7 +269,7 @@ class _Search:
         """
         plain = self._error_of(self._fixed, np.full(error.shape, _UNIT, np.int32), False) + self._above_zero
         units = np.clip((error / plain - _MOST_EXCESS) * np.float32(1024), np.float32(0), np.float32(1024))
-        units = np.where(self._absmax == 0, np.float32(0), units)
+        units = np.where(self.absmax == 0, np.float32(0), units)
         return np.square(np.rint(_groups(units)).astype(np.int64)).sum(axis=1)
 
 
@@ -270,27 +281,33 @@ def _groups(of_blocks: np.ndarray) -> np.ndarray:
 
 
 def _distances(
-    fixed: np.ndarray, inverse: np.ndarray, negative: np.ndarray | bool, levels: np.ndarray
+    fixed: np.ndarray, inverse: np.ndarray, negative: np.ndarray | bool, levels: np.ndarray, unit: int
 ) -> np.ndarray:
     """Distances from the nearest levels, int64 [blocks, 64].
 
     Args:
         fixed: int32 [blocks, 64], values in units of absmax / 32767.
-        inverse: int32 [blocks], _UNIT * absmax / magnitude of the scale.
+        inverse: int32 [blocks], unit * absmax / magnitude of the scale.
         negative: whether the scale is below zero.
+        unit: 1.0 in fixed point.
     """
     scaled = (fixed * inverse[:, None] + (1 << 14)) >> 15
     scaled = np.where(np.reshape(negative, (-1, 1)), -scaled, scaled)
-    fixed_levels = 2 * np.rint(levels.astype(np.float64) * (_UNIT // 2)).astype(np.int64)
+    step = 2 if unit == _UNIT else 1
+    fixed_levels = step * np.rint(levels.astype(np.float64) * (unit // step)).astype(np.int64)
     code = np.searchsorted((fixed_levels[:-1] + fixed_levels[1:]) // 2, scaled, side="left")
     return scaled - fixed_levels[code]
 
 
 def _fixed_error(
-    fixed: np.ndarray, inverse: np.ndarray, negative: np.ndarray | bool, levels: np.ndarray
+    fixed: np.ndarray,
+    inverse: np.ndarray,
+    negative: np.ndarray | bool,
+    levels: np.ndarray,
+    unit: int = _UNIT,
 ) -> np.ndarray:
     """Sum over each block of the squared distance, in integers, as float32 [blocks]; see `_distances`."""
-    return np.square(_distances(fixed, inverse, negative, levels)).sum(axis=1).astype(np.float32)
+    return np.square(_distances(fixed, inverse, negative, levels, unit)).sum(axis=1).astype(np.float32)
 
 
 def _weighted_error(
@@ -301,7 +318,7 @@ def _weighted_error(
     importance: np.ndarray,
 ) -> np.ndarray:
     """The same with each squared distance times its importance, in float32 and in 16 lanes: [blocks]."""
-    distance = _distances(fixed, inverse, negative, levels).astype(np.float32)
+    distance = _distances(fixed, inverse, negative, levels, _UNIT).astype(np.float32)
     terms = (distance * distance * importance).reshape(-1, 4, 16)
     lanes = ((terms[:, 0] + terms[:, 1]) + terms[:, 2]) + terms[:, 3]
     for width in (8, 4, 2, 1):

@@ -29,7 +29,8 @@ void search_group(const EncodeTables& tables, const void* values, Dtype dtype, i
     std::vector<uint8_t> found(count);
     int excess = 0;
     for (int64_t i = 0; i < count; ++i) {
-      const Entry entry = best_entry<has_bins>(tables, &x[i * kBlock], absmax[i], wanted[i], shifted);
+      const Entry entry =
+          best_entry<has_bins>(tables, &x[i * kBlock], absmax[i], wanted[i], attempt > 0, shifted);
       found[i] = uint8_t(entry.index);
       excess += excess_on_grid(entry.error, wanted[i].plain_error, absmax[i]);
     }

@@ -39,9 +39,9 @@ def test_error_on_gaussian_blocks() -> None:
         block_errors(values, blocks.quantize(values, "float32")),
         block_errors(values, searched(values)),
     )
-    assert after.sum() / before.sum() < 0.82
+    assert after.sum() / before.sum() < 0.815
     worse = after / before
-    assert (worse > 1).mean() < 0.05
+    assert (worse > 1).mean() < 0.04
     assert worse.max() < 1.05
 
 
@@ -54,14 +54,34 @@ def test_error_on_heavy_tails() -> None:
 def test_real_weights(shared: Path) -> None:
     from safetensors import safe_open
 
-    before = after = 0.0
+    before, after = [], []
     for file in sorted((shared / "models" / "wiki-llama-16m").glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
             for name in [name for name in tensors.keys() if "_proj" in name]:  # noqa: SIM118
                 values = tensors.get_tensor(name).float().numpy().reshape(-1)
-                before += block_errors(values, blocks.quantize(values, "float32")).sum()
-                after += block_errors(values, searched(values)).sum()
-    assert after / before < 0.83
+                before.append(block_errors(values, blocks.quantize(values, "float32")))
+                after.append(block_errors(values, searched(values)))
+    plain, ours = np.concatenate(before), np.concatenate(after)
+    assert ours.sum() / plain.sum() < 0.82
+    assert (ours > plain).mean() < 0.04
+    assert (ours / plain).max() < 1.05
+
+
+def test_blocks_beside_larger_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their scales lie where the grid is coarse: it is shifted, and fewer of them lose."""
+    values = gaussian(64 * 256 * 12, seed=5).reshape(12, 256, 64)
+    values[:, 100] *= 7
+    values = values.reshape(-1)
+    before = block_errors(values, blocks.quantize(values, "float32"))
+    shifted = searched(values)
+    monkeypatch.setattr(reference, "GRID_SHIFTS", np.empty(0, np.float32))
+    codes, absmax, nested = reference.quantize_search(values, "float32")
+    unshifted = PackedTensor(values.shape, "float32", codes, absmax, NF4_LEVELS, nested, NESTED_MAP, 0.0)
+    assert (shifted.nested_absmax >= nested).all()
+    assert (shifted.nested_absmax > nested).any()
+    ours, without = block_errors(values, shifted) / before, block_errors(values, unshifted) / before
+    assert (ours > 1.05).sum() < (without > 1.05).sum() / 4
+    assert ours.max() < without.max()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
