@@ -69,10 +69,8 @@ class ResumableFile(AtomicFile):
     def _open_temporary(self) -> None:
         for _ in range(_TRIES):
             try:
-                fd, is_new = (
-                    os.open(self._temporary, NEW_FILE, 0o666),
-                    True,
-                )  # less the umask, as any new file
+                fd = os.open(self._temporary, NEW_FILE, 0o666)  # less the umask, as any new file
+                is_new = True
             except FileExistsError:
                 fd, is_new = self._open_existing(), False
             if fd < 0:

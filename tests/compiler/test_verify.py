@@ -60,9 +60,7 @@ def test_one_wrong_code_is_found(
     with pytest.raises(CompileError, match=rf"'{UP}': value 80000 decodes wrongly, expected about"):
         compile_checkpoint(model, out, CompileOptions(level=level, verify=True))
     assert list(tmp_path.iterdir()) == [model]
-    compile_checkpoint(
-        model, out, CompileOptions(level=level)
-    )  # without --verify it goes unseen: sums are right
+    compile_checkpoint(model, out, CompileOptions(level=level))  # goes unseen: sums are right
 
 
 def test_damage_on_the_way_to_the_disk_is_found(

@@ -11,14 +11,8 @@ import torch
 from nf4.errors import TrainError
 from nf4.paging.optim import PagedAdamW
 
-SHAPES = [
-    (1,),
-    (7, 3),
-    (33,),
-    (129, 65),
-    (2, 2, 2),
-    (100, 401),
-]  # odd sizes; the last two cross torch's chunks
+# Odd sizes; the last one and the fourth cross torch's chunks.
+SHAPES = [(1,), (7, 3), (33,), (129, 65), (2, 2, 2), (100, 401)]
 SETTINGS: dict[str, Any] = {"lr": 3e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
 
 
@@ -127,9 +121,8 @@ def test_alternate_sweeps_find_the_resident_pages() -> None:
         optimizer.step()
     moved = optimizer.pager.stats.bytes_in
     optimizer.step()
-    assert (
-        optimizer.pager.stats.bytes_in - moved == 5 * 800
-    )  # the other half; one-way sweeps would read all ten
+    # The other half; one-way sweeps would read all ten.
+    assert optimizer.pager.stats.bytes_in - moved == 5 * 800
     optimizer.close()
 
 
@@ -143,9 +136,8 @@ def test_resume_is_exact_and_stays_paged() -> None:
         q.data.copy_(p.data)
     train(optimizer, params, range(10, 20))
     other = PagedAdamW(groups(resumed), **SETTINGS, **paging)
-    train(
-        other, [torch.nn.Parameter(q.detach().clone()) for q in resumed], range(1)
-    )  # sweep direction may differ
+    # The sweep's direction may differ.
+    train(other, [torch.nn.Parameter(q.detach().clone()) for q in resumed], range(1))
     other.load_state_dict(saved)
     train(other, resumed, range(10, 20))
     expect_equal(resumed, params)
