@@ -14,12 +14,12 @@ All numbers little endian; `item` is 2 or 4 bytes, as the largest id allows:
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import json
 import mmap
 import os
 import struct
+import time
 from array import array
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -42,6 +42,8 @@ _MAGIC: Final = b"NF4TOKS1"
 _CHUNK: Final = 4 << 20
 _FOOTER: Final = struct.Struct("<8s6Q")
 _MAX_REPORT: Final = 1 << 20
+_LOCK_TRIES: Final = 100
+_LOCK_SECONDS: Final = 0.01
 
 
 class StoreWriter:
@@ -193,13 +195,24 @@ def open_store(path: Path, key: str, seq_len: int, *, threads: int = 2) -> Token
     try:
         if os.fstat(descriptor).st_uid != os.geteuid():
             return None
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # the mapping holds it on
+        _lock(descriptor)
         return TokenStore(descriptor, path, key, seq_len, threads)
     except (ValueError, OSError, MemoryError, OverflowError):
         return None
     finally:
         os.close(descriptor)
+
+
+def _lock(descriptor: int) -> None:
+    """Lock an open store (flock, shared), for as long as the descriptor or a mapping made of it lives."""
+    for _ in range(_LOCK_TRIES):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            time.sleep(_LOCK_SECONDS)  # who has just written it, or removes it, lets go at once
+        except OSError:
+            return  # no locks here
 
 
 def _parse_report(value: Any) -> FileReport:
