@@ -205,8 +205,7 @@ class Judge:
 
     def _columns(self, file: Path, text: str, adapter: Path | None) -> dict[str, Any]:
         arguments = ["--dtype", "float32", "--windows", str(self._options.eval_windows)]
-        # Other levels than NF4's run on a CPU alone.
-        arguments += ["--device", self._options.device if self._options.levels_name == "nf4" else "cpu"]
+        arguments += ["--device", self._options.device]
         if adapter is not None:
             arguments += ["--adapter", str(adapter)]
         if self._options.jobs:
