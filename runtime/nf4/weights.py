@@ -30,9 +30,12 @@ class Weights:
         self._unused = dict.fromkeys((*file.packed_names, *file.kept_names))
 
     def has(self, name: str) -> bool:
-        return self.stored_name(name) in self._packed | self._kept
+        """Whether the file holds it, packed or kept."""
+        stored = self.stored_name(name)
+        return stored in self._packed or stored in self._kept
 
     def is_packed(self, name: str) -> bool:
+        """Whether the file holds it in NF4."""
         return self.stored_name(name) in self._packed
 
     def packed(self, name: str, shape: tuple[int, ...]) -> PackedTensor:

@@ -65,7 +65,10 @@ Seen: TypeAlias = Tensor | Segments | None
 
 
 def attend(q_BNTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, seen: Seen) -> Tensor:
-    """[B, N, T, D]. Without a mask or segments: causal, or one query that sees all keys."""
+    """Scaled-dot-product attention, [B, N, T, D], of queries [B, N, T, D] over keys and values [B, G, S, D].
+
+    seen: None means causal, or one query that sees all keys.
+    """
     if isinstance(seen, Segments):
         return _attend_packed(q_BNTD, k_BGSD, v_BGSD, seen)
     is_grouped = q_BNTD.shape[1] != k_BGSD.shape[1]

@@ -38,6 +38,7 @@ class KVCache:
 
     @property
     def capacity(self) -> int:
+        """Tokens that there is room for before the buffers grow."""
         return self._buffers[0].shape[3]
 
     def append(self, layer: int, k_BGTD: Tensor, v_BGTD: Tensor) -> tuple[Tensor, Tensor]:

@@ -54,6 +54,7 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
         segments: Segments | None = None,
     ) -> Tensor:
+        """The residual stream after the final norm, [B, T, H]; arguments and errors as `CausalLM.forward`."""
         new = input_ids.shape[1]
         past = cache.length if cache is not None else 0
         _check_shapes(input_ids, attention_mask, position_ids, cache)
@@ -125,6 +126,7 @@ class CausalLM(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are."""
         return self.model.norm.weight.device
 
     def forward(
@@ -159,7 +161,7 @@ class CausalLM(nn.Module):
         cache: KVCache | None = None,
         segments: Segments | None = None,
     ) -> Tensor:
-        """The residual stream after the final norm, [B, T, H]; arguments as in `forward`."""
+        """The residual stream after the final norm, [B, T, H]; arguments and errors as `forward`."""
         return self.model(input_ids, attention_mask, position_ids, cache, segments)
 
     def head(self, hidden: Tensor) -> Tensor:

@@ -47,6 +47,14 @@ class Attention(nn.Module):
         seen: Seen = None,
         cache: KVCache | None = None,
     ) -> Tensor:
+        """What attention adds to the residual stream, [B, T, H].
+
+        Args:
+            x_BTH: the stream, normed.
+            cos_BTD, sin_BTD: of `rotary_table`; B may be 1.
+            seen: see `attention.attend`.
+            cache: where keys and values of earlier tokens are, and these go.
+        """
         heads = (*x_BTH.shape[:-1], -1, self.head_dim)
         projected = project((self.q_proj, self.k_proj, self.v_proj), x_BTH)
         q_BTND, k_BTGD, v_BTGD = (projection.view(heads) for projection in projected)
@@ -71,6 +79,7 @@ class MLP(nn.Module):
         self.down_proj = linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x_BTH: Tensor) -> Tensor:
+        """What the MLP adds to the residual stream, [B, T, H], from the stream, normed."""
         gate, up = project((self.gate_proj, self.up_proj), x_BTH)
         return self.down_proj(F.silu(gate) * up)
 
@@ -93,6 +102,7 @@ class DecoderLayer(nn.Module):
         seen: Seen = None,
         cache: KVCache | None = None,
     ) -> Tensor:
+        """The residual stream behind the layer, [B, T, H]; arguments as `Attention.forward`."""
         normed_BTH = self.input_layernorm(x_BTH)
         x_BTH = x_BTH + self.self_attn(normed_BTH, cos_BTD, sin_BTD, seen, cache)
         return x_BTH + self.mlp(self.post_attention_layernorm(x_BTH))

@@ -21,4 +21,5 @@ class RMSNorm(nn.Module):
         return self.weight.dtype
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [..., size], normed, in its dtype."""
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)

@@ -32,7 +32,7 @@ def rotary_frequencies(config: ModelConfig) -> Tensor:
 
 
 def rotate(x_BNTD: Tensor, cos_BTD: Tensor, sin_BTD: Tensor) -> Tensor:
-    """Rotary position embedding of heads; pairs are (d, d + D/2), as in Hugging Face checkpoints."""
+    """Heads [B, N, T, D] turned by a table's angles; pairs are (d, d + D/2), as in Hugging Face's models."""
     first, second = x_BNTD.chunk(2, dim=-1)
     return x_BNTD * cos_BTD[:, None] + torch.cat((-second, first), dim=-1) * sin_BTD[:, None]
 
