@@ -58,29 +58,23 @@ class Distances {
   __m256i first_, low_, high_, borders_, middles_, halves_;
 };
 
-// Distances from the nearest levels in the coarse fixed point, of 32 values at once.
+// Distances from the nearest levels in the coarse fixed point, of the magnitudes of 32 values.
 class CoarseDistances {
  public:
   explicit CoarseDistances(const CoarseLevels& levels)
-      : low_above_(table(levels.bin_lows)),
-        low_below_(table(levels.bin_lows + 16)),
-        high_above_(table(levels.bin_highs)),
-        high_below_(table(levels.bin_highs + 16)),
-        levels_(levels.levels) {}
+      : lows_(table(levels.bin_lows)), highs_(table(levels.bin_highs)), levels_(levels.levels) {}
 
-  // `above`: the bin of a y that is not negative, and 128 or more for the others; `below`: the reverse.
-  __m256i from_bins(__m256i y, __m256i above, __m256i below) const {
-    const auto look_up = [&](__m256i first, __m256i second) {
-      return _mm256_or_si256(_mm256_shuffle_epi8(first, above), _mm256_shuffle_epi8(second, below));
-    };
-    return _mm256_min_epu8(magnitude(y, look_up(low_above_, low_below_)),
-                           magnitude(y, look_up(high_above_, high_below_)));
+  __m256i from_bins(__m256i magnitude, __m256i bin) const {
+    return _mm256_min_epu8(distance(magnitude, _mm256_shuffle_epi8(lows_, bin)),
+                           distance(magnitude, _mm256_shuffle_epi8(highs_, bin)));
   }
 
   // Where bins do not serve.
-  __m256i from_any(__m256i y) const {
+  __m256i from_any(__m256i magnitude) const {
     __m256i least = _mm256_set1_epi8(-1);
-    for (int i = 0; i < 16; ++i) least = _mm256_min_epu8(least, magnitude(y, _mm256_set1_epi8(levels_[i])));
+    for (int i = 0; i < 16; ++i) {
+      least = _mm256_min_epu8(least, distance(magnitude, _mm256_set1_epi8(levels_[i])));
+    }
     return least;
   }
 
@@ -90,9 +84,9 @@ class CoarseDistances {
   }
 
   // Saturated: what is farther than 127 is never the nearest.
-  static __m256i magnitude(__m256i y, __m256i level) { return _mm256_abs_epi8(_mm256_subs_epi8(y, level)); }
+  static __m256i distance(__m256i y, __m256i level) { return _mm256_abs_epi8(_mm256_subs_epi8(y, level)); }
 
-  __m256i low_above_, low_below_, high_above_, high_below_;
+  __m256i lows_, highs_;
   const int8_t* levels_;
 };
 
@@ -193,25 +187,25 @@ namespace {
 template <bool has_bins>
 void add_up(const CoarseDistances& plus, const CoarseDistances& minus, const __m256i* x, __m256i inverse,
             __m256i* above, __m256i* below) {
-  const __m256i low_bits = _mm256_set1_epi8(0x0f), sign_bit = _mm256_set1_epi8(-128);
+  const __m256i low_bits = _mm256_set1_epi8(0x0f);
   __m256i squares[2][2];  // in 16 bits: four of at most 84^2 stay below 2^15
   for (int i = 0; i < 2; ++i) {
     const __m256i y = _mm256_packs_epi16(_mm256_mulhrs_epi16(x[2 * i], inverse),
                                          _mm256_mulhrs_epi16(x[2 * i + 1], inverse));
-    __m256i distances[2];
+    const __m256i magnitude = _mm256_abs_epi8(y);
+    __m256i distances[2];  // of y from the levels, if it is not negative, and of -y
     if (has_bins) {
-      const __m256i bin = _mm256_and_si256(_mm256_srli_epi16(y, kCoarseBinShift), low_bits);
-      const __m256i not_negative = _mm256_or_si256(bin, _mm256_and_si256(y, sign_bit));
-      const __m256i negative = _mm256_xor_si256(not_negative, sign_bit);
-      distances[0] = plus.from_bins(y, not_negative, negative);
-      distances[1] = minus.from_bins(y, not_negative, negative);
+      const __m256i bin = _mm256_and_si256(_mm256_srli_epi16(magnitude, kCoarseBinShift), low_bits);
+      distances[0] = plus.from_bins(magnitude, bin);
+      distances[1] = minus.from_bins(magnitude, bin);
     } else {
-      distances[0] = plus.from_any(y);
-      distances[1] = minus.from_any(y);
+      distances[0] = plus.from_any(magnitude);
+      distances[1] = minus.from_any(magnitude);
     }
-    for (int sign = 0; sign < 2; ++sign) {
-      squares[sign][i] = _mm256_maddubs_epi16(distances[sign], distances[sign]);
-    }
+    const __m256i with_plus = _mm256_blendv_epi8(distances[0], distances[1], y);
+    const __m256i with_minus = _mm256_blendv_epi8(distances[1], distances[0], y);
+    squares[0][i] = _mm256_maddubs_epi16(with_plus, with_plus);
+    squares[1][i] = _mm256_maddubs_epi16(with_minus, with_minus);
   }
   const __m256i ones = _mm256_set1_epi16(1);
   *above = _mm256_madd_epi16(_mm256_add_epi16(squares[0][0], squares[0][1]), ones);

@@ -49,17 +49,13 @@ class Distances {
   __m512i middles_, halves_;
 };
 
-// Distances from the nearest levels in the coarse fixed point, of 64 values at once.
+// Distances from the nearest levels in the coarse fixed point, of the magnitudes of 64 values.
 struct CoarseDistances {
-  __m512i tables[4];
-  explicit CoarseDistances(const CoarseLevels& levels) {
-    for (int i = 0; i < 4; ++i) tables[i] = _mm512_load_si512(levels.distances + 64 * i);
-  }
+  __m512i low, high;
+  explicit CoarseDistances(const CoarseLevels& levels)
+      : low(_mm512_load_si512(levels.distances)), high(_mm512_load_si512(levels.distances + 64)) {}
 
-  __m512i of(__m512i y, __mmask64 negative) const {
-    const __m512i above = _mm512_permutex2var_epi8(tables[0], y, tables[1]);
-    return _mm512_mask_mov_epi8(above, negative, _mm512_permutex2var_epi8(tables[2], y, tables[3]));
-  }
+  __m512i of(__m512i magnitude) const { return _mm512_permutex2var_epi8(low, magnitude, high); }
 };
 
 // Lane i: the sum of the lanes of sums[i].
@@ -154,7 +150,10 @@ int64_t find_scales_avx512(const SearchTables& tables, const void* values, Dtype
       const __m512i y =
           _mm512_packs_epi16(_mm512_mulhrs_epi16(fixed[0], inverse), _mm512_mulhrs_epi16(fixed[1], inverse));
       const __mmask64 negative = _mm512_movepi8_mask(y);
-      const __m512i above = plus.of(y, negative), below = minus.of(y, negative);
+      const __m512i magnitude = _mm512_abs_epi8(y);
+      const __m512i of_y = plus.of(magnitude), of_minus_y = minus.of(magnitude);  // if y is not negative
+      const __m512i above = _mm512_mask_mov_epi8(of_y, negative, of_minus_y);
+      const __m512i below = _mm512_mask_mov_epi8(of_minus_y, negative, of_y);
       sums[i] = _mm512_dpbusd_epi32(_mm512_setzero_si512(), above, above);
       sums[16 + i] = _mm512_dpbusd_epi32(_mm512_setzero_si512(), below, below);
     }
