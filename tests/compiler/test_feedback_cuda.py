@@ -39,7 +39,16 @@ from qcompile.rounder_cuda import TorchRounder
 
 Write = Callable[..., Path]
 ON = [pytest.param("host"), pytest.param("gpu", marks=pytest.mark.cuda)]
-RAGGED = [(96, 128), (40, 172), (7, 100), (130, 704), (3, 70), (64, 3)]
+RAGGED = [(96, 128), (40, 172), (7, 100), (20, 320), (3, 70), (64, 3)]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Matrices are small: threads would wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def kernels_on(where: str, levels: np.ndarray) -> Kernels:
@@ -178,22 +187,21 @@ def test_corrections_are_those_of_numpy(where: str, shape: tuple[int, int]) -> N
 
 @pytest.mark.cuda
 def test_kernels_on_a_gpu_have_the_bits_of_those_compiled_for_the_cpu() -> None:
-    """One launch after another on the same inputs; descent included, whose scales move."""
+    """One block of coordinate descent on the same inputs, with scales that move and with some that stay."""
     rng = np.random.default_rng(17)
     for k, n in ((64, 1000), (61, 77)):
-        w, h = weight(n, k, seed=n), feedback.damped(moment_of(inputs(k)))
+        w, h = weight(n, k, seed=n).T, feedback.damped(moment_of(inputs(k)))
         scales = rng.uniform(0.05, 0.2, n if k == 64 else (k, n)).astype(np.float32)
         codes = rng.integers(0, 16, (k, n)).astype(np.uint8)
-        entries, nested = rng.integers(100, 256, n).astype(np.uint8), np.full(n, 0.2, np.float32)
+        arrays = [w, h @ w, h, scales, codes, np.zeros_like(w), np.zeros_like(w)]
+        if k == 64:  # entries and nested_absmax
+            arrays += [rng.integers(100, 256, n).astype(np.uint8), np.full(n, 0.2, np.float32)]
         results = []
         for where in ("host", "gpu"):
             kernels = kernels_on(where, NF4_LEVELS)
-            names = (np.ascontiguousarray(w.T), rng.standard_normal((k, n)).astype(np.float32) * 0)
-            tensors = [kernels.constant(a) for a in (names[0], h @ w.T, h, scales, codes, w.T * 0, w.T * 0)]
-            tensors = [tensor.contiguous() for tensor in tensors]
-            of_blocks = [kernels.constant(a) for a in (entries, nested)] if k == 64 else []
-            kernels.descend(*tensors, *of_blocks)
-            results.append([t.cpu().numpy().tobytes() for t in (*tensors, *of_blocks)])
+            tensors = [kernels.constant(array).contiguous() for array in arrays]
+            kernels.descend(*tensors)
+            results.append([tensor.cpu().numpy().tobytes() for tensor in tensors])
         assert results[0] == results[1]
 
 
@@ -238,12 +246,12 @@ def test_compilations_are_as_good_as_the_cpus(model: Path, tmp_path: Path, torch
     ):
         cpu = compile_checkpoint(model, tmp_path / "cpu.nf4", replace(options, force=True))
         files, told = [], list[str]()
-        for jobs in (1, 4):
+        for jobs in (1, 4) if options.level == 2 and options.levels == "nf4" else (4,):
             there = replace(options, device=torch_device, verify=True, force=True, jobs=jobs)
             summary = compile_checkpoint(model, tmp_path / "out.nf4", there, tell=told.append)
             files.append((tmp_path / "out.nf4").read_bytes())
         assert not told
-        assert files[0] == files[1]
+        assert files[0] == files[-1]
         for tensor, other in zip(summary.tensors, cpu.tensors, strict=True):
             assert tensor.output is not None and other.output is not None
             assert tensor.output.before == pytest.approx(other.output.before, rel=1e-4)
