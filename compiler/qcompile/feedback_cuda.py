@@ -170,7 +170,9 @@ def target_weight(weight: Tensor, moment: Known, cross: Tensor) -> Tensor:
 
 
 def padded(values: Tensor, blocks_of: int = BLOCK) -> Tensor:
-    """Flat, in float32, and zeros up to the end of the last block."""
+    """Flat, float32, with zeros up to the end of the last block; a view if there is nothing to add."""
+    if values.numel() % blocks_of == 0:
+        return values.reshape(-1)
     flat = torch.zeros(-(-values.numel() // blocks_of) * blocks_of, device=values.device)
     flat[: values.numel()] = values.reshape(-1)
     return flat

@@ -24,6 +24,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,16 @@ READERS = {  # of a layer: what reads the same
     "mlp.gate_proj": ("mlp.gate_proj", "mlp.up_proj"),
     "mlp.down_proj": ("mlp.down_proj",),
 }
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint, statistics of it, and where its packed file goes."""
+
+    path: Path
+    stats: list[str]
+    out: Path
+    layers: int
 
 
 def make_model(folder: Path, layers: int) -> dict[str, Any]:
@@ -149,41 +160,111 @@ class Split:
             self.seconds[step] = sum(begin.elapsed_time(end) for begin, end in pairs) / 1e3
 
 
+STEPS: dict[str, tuple[Any, str, bool]] = {  # where it is done, and whether by the GPU
+    "reading, hashing, copying to the GPU: sum of threads": (TorchRounder, "_load", False),
+    "the thread that has the GPU work": (TorchRounder, "_work", False),
+    "GPU: factors of H": (feedback_cuda, "known", True),
+    "GPU: search for scales": (Kernels, "search", True),
+    "GPU: errors carried": (feedback_cuda._Panel, "carry_errors", True),
+    "- kernel, without products": (Kernels, "carry", True),
+    "GPU: coordinate descent": (feedback_cuda._Panel, "descend", True),
+    "- its kernel, without products": (Kernels, "descend", True),
+    "GPU: errors at outputs": (feedback_cuda, "_total_error", True),
+}
+
+
 @contextmanager
 def splitting() -> Iterator[Split]:
     """Steps of the encoder, timed."""
     split = Split()
-    targets = [
-        (feedback_cuda, "known", "GPU: statistics unpacked, factors", split.on_gpu),
-        (Kernels, "search", "GPU: search for scales", split.on_gpu),
-        (feedback_cuda._Panel, "carry_errors", "GPU: errors carried", split.on_gpu),
-        (Kernels, "carry", "of it the kernel", split.on_gpu),
-        (feedback_cuda._Panel, "descend", "GPU: coordinate descent", split.on_gpu),
-        (Kernels, "descend", "of it the kernel ", split.on_gpu),
-        (feedback_cuda, "_total_error", "GPU: errors at outputs", split.on_gpu),
-        (TorchRounder, "_work", "the thread that has the GPU work", split.on_host),
-        (TorchRounder, "_load", "reading, hashing, copying to the GPU: all threads", split.on_host),
-    ]
-    before = [(owner, name, owner.__dict__[name]) for owner, name, _, _ in targets]
+    before = {step: owner.__dict__[name] for step, (owner, name, _) in STEPS.items()}
     try:
-        for owner, name, step, timed in targets:
-            setattr(owner, name, timed(step, owner.__dict__[name]))
+        for step, (owner, name, by_gpu) in STEPS.items():
+            setattr(owner, name, (split.on_gpu if by_gpu else split.on_host)(step, before[step]))
         yield split
     finally:
-        for owner, name, call in before:
-            setattr(owner, name, call)
+        for step, (owner, name, _) in STEPS.items():
+            setattr(owner, name, before[step])
 
 
-def run_command(model: Path, stats: list[str], out: Path, device: str) -> tuple[float, dict[str, Any], int]:
-    """Seconds, summary, and the largest resident size in bytes, mapped files and CUDA included."""
-    arguments = [sys.executable, "-m", "qcompile", str(model), str(out), "-O2", "--device", device, "--force"]
-    arguments += [argument for path in stats for argument in ("--stats", path)]
+def run_command(model: Model, device: str) -> tuple[float, dict[str, Any], int]:
+    """Seconds, summary, and the largest resident size in bytes."""
+    files = [str(model.path), str(model.out), *(f"--stats={path}" for path in model.stats)]
+    command = [sys.executable, "-m", "qcompile", *files, "-O2", "--device", device]
     started = time.perf_counter()
-    done = subprocess.run(
-        [*arguments, "-q", "--json", "-"], check=True, stdout=subprocess.PIPE, env={**os.environ}
-    )
+    done = subprocess.run([*command, "--force", "-q", "--json", "-"], check=True, stdout=subprocess.PIPE)
     seconds = time.perf_counter() - started
     return seconds, json.loads(done.stdout), 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+
+
+class Bench:
+    """Stages of the benchmark; the table is written after each."""
+
+    def __init__(self, folder: Path, layers: int, json_path: Path | None) -> None:
+        self._folder, self._layers, self._json = folder, layers, json_path
+        self._rows: list[list[str | float | int | None]] = []
+        self._notes = [
+            "The command from start to exit, files in the page cache, fsync included. Every layer has weights "
+            "and whole statistics of its own.",
+            "Steps overlap: the GPU works on a weight while threads read the next ones. Shares are of the "
+            "run's time.",
+        ]
+        self._started = time.perf_counter()
+
+    @contextmanager
+    def model(self, layers: int) -> Iterator[Model]:
+        """A checkpoint and its statistics, for the time of the block."""
+        with tempfile.TemporaryDirectory(dir=self._folder) as folder:
+            path = Path(folder) / "model"
+            config = make_model(path, layers)
+            self._tell(f"{layers} layers: weights")
+            stats = make_stats(path, config, Path(folder) / "stats", len(os.sched_getaffinity(0)))
+            self._tell("statistics")
+            torch.cuda.empty_cache()
+            yield Model(path, stats, Path(folder) / "out.nf4", layers)
+
+    def whole(self, model: Model, device: str) -> None:
+        """The command, from start to exit."""
+        seconds, summary, resident = run_command(model, device)
+        where = "--device cuda" if device == "cuda" else "on the CPU, all cores"
+        self._rows.append([f"qcompile -O2 {where}, {model.layers} layers", seconds, 1.0])
+        size, stats_size = (
+            sum(file.stat().st_size for file in files) / 1e9
+            for files in (model.path.iterdir(), map(Path, model.stats))
+        )
+        self._notes.append(
+            f"{model.layers} layers, {device}: {size:.1f} GB of weights, {stats_size:.1f} GB of statistics; "
+            f"error at the outputs {summary['output_ratio']:.5f} of -O0's; up to {resident / 1e9:.1f} GB "
+            "resident, pages of files included."
+        )
+        self._tell(f"{device}: {seconds:.1f} s")
+        self._report()
+
+    def split(self, model: Model) -> None:
+        """Once more inside of this process, step by step."""
+        options = CompileOptions(level=2, stats=tuple(model.stats), device="cuda", force=True)
+        torch.cuda.reset_peak_memory_stats()
+        with splitting() as split:
+            seconds = compile_checkpoint(model.path, model.out, options).seconds
+            split.finish()
+        self._rows.append([f"without starting Python, {model.layers} layers", seconds, 1.0])
+        self._rows += [[step, split.seconds[step], split.seconds[step] / seconds] for step in STEPS]
+        peak = torch.cuda.max_memory_allocated() / 1e9
+        self._notes.append(f"Largest size of the GPU's tensors: {peak:.1f} GB.")
+        self._tell("split")
+        self._report()
+
+    def _tell(self, text: str) -> None:
+        print(f"{time.perf_counter() - self._started:7.1f} s  {text}", flush=True)
+
+    def _report(self) -> None:
+        Report(
+            f"-O2 of a model of Llama-3.1-8B's shape, {self._layers} layers",
+            ["what", "seconds", "share"],
+            self._rows,
+            machine("torch", gpu=True),
+            self._notes,
+        ).finish(self._json)
 
 
 def main() -> None:
@@ -192,75 +273,19 @@ def main() -> None:
     )
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--split-layers", type=int, default=4)
-    parser.add_argument("--cpu-layers", type=int, default=0)
+    parser.add_argument("--cpu-layers", type=int, default=0, help="0: no comparison with the CPU")
     parser.add_argument("--dir", type=Path, help="where files go (default: the system's temporary directory)")
     parser.add_argument("--json", type=Path, help="write the table here")
     arguments = parser.parse_args()
-    threads = len(os.sched_getaffinity(0))
-    rows: list[list[str | float | int | None]] = []
-    notes = [
-        "The command from start to exit, files in the page cache, fsync included. Every layer has weights "
-        "and whole statistics of its own.",
-        "Steps overlap: the GPU works on a weight while threads read the next ones. Shares are of the run's "
-        "time.",
-    ]
-
-    def tell(text: str) -> None:
-        print(f"{time.perf_counter() - started:7.1f} s  {text}", flush=True)
-
-    started = time.perf_counter()
-    with tempfile.TemporaryDirectory(dir=arguments.dir) as folder:
-        for layers in dict.fromkeys([arguments.layers, arguments.split_layers, arguments.cpu_layers]):
-            if not layers:
-                continue
-            model, out = Path(folder) / f"model-{layers}", Path(folder) / "out.nf4"
-            config = make_model(model, layers)
-            tell(f"{layers} layers: weights")
-            stats = make_stats(model, config, Path(folder) / f"stats-{layers}", threads)
-            size = sum(path.stat().st_size for path in model.iterdir()) / 1e9
-            stats_size = sum(Path(path).stat().st_size for path in stats) / 1e9
-            tell(f"statistics: {size:.1f} GB and {stats_size:.1f} GB")
-            torch.cuda.empty_cache()
-            if layers in {arguments.layers, arguments.cpu_layers}:
-                seconds, summary, resident = run_command(model, stats, out, "cuda")
-                what = f"qcompile -O2 --device cuda, {layers} layers"
-                rows.append([what, seconds, 1.0])
-                tell(f"{what}: {seconds:.1f} s, output error {summary['output_ratio']}")
-                if layers == arguments.layers:
-                    notes.append(
-                        f"{size:.1f} GB of weights, {stats_size:.1f} GB of statistics; output error "
-                        f"{summary['output_ratio']:.4f} of -O0's; the process held up to "
-                        f"{resident / 1e9:.1f} GB of memory, pages of files that it maps included."
-                    )
-                with out.open("rb") as file:
-                    digest = (
-                        hashlib.file_digest(file, "sha256").hexdigest()
-                        if hasattr(hashlib, "file_digest")
-                        else ""
-                    )
-                tell(f"file {digest[:16]}")
-            if layers == arguments.split_layers:
-                options = CompileOptions(level=2, stats=tuple(stats), device="cuda", force=True)
-                torch.cuda.reset_peak_memory_stats()
-                with splitting() as split:
-                    seconds = compile_checkpoint(model, out, options).seconds
-                    split.finish()
-                rows.append([f"inside, {layers} layers", seconds, 1.0])
-                rows += [[step, value, value / seconds] for step, value in split.seconds.items()]
-                peak = torch.cuda.max_memory_allocated() / 1e9
-                notes.append(f"Largest size of the GPU's tensors: {peak:.1f} GB.")
-                tell("split")
-            if layers == arguments.cpu_layers:
-                seconds, summary, _ = run_command(model, stats, out, "cpu")
-                rows.append([f"qcompile -O2 on the CPU, {layers} layers", seconds, None])
-                tell(f"CPU: {seconds:.1f} s, output error {summary['output_ratio']}")
-    Report(
-        f"-O2 of a model of Llama-3.1-8B's shape, {arguments.layers} layers",
-        ["what", "seconds", "share"],
-        rows,
-        machine("torch", gpu=True),
-        notes,
-    ).finish(arguments.json)
+    bench = Bench(arguments.dir, arguments.layers, arguments.json)
+    with bench.model(arguments.layers) as model:
+        bench.whole(model, "cuda")
+    with bench.model(arguments.split_layers) as model:
+        bench.split(model)
+    if arguments.cpu_layers:
+        with bench.model(arguments.cpu_layers) as model:
+            bench.whole(model, "cuda")
+            bench.whole(model, "cpu")
 
 
 if __name__ == "__main__":
