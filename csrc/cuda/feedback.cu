@@ -6,8 +6,23 @@
 namespace nf4 {
 namespace {
 
-// One warp a thread block: there are few rows for the many processors, and shared memory goes round.
-constexpr int kRows = 32;
+constexpr int kThreads = 256;
+
+// The threads of a row: neighbours in a warp.
+struct Group {
+  static constexpr int kSize = 8;
+  __device__ int lane() const { return threadIdx.x % kSize; }
+  __device__ float of(float value, int lane) const { return __shfl_sync(mask(), value, lane, kSize); }
+  __device__ void meet() const { __syncwarp(mask()); }
+  __device__ unsigned mask() const { return 0xffu << (threadIdx.x % 32 / kSize * kSize); }
+};
+
+constexpr int kRows = kThreads / Group::kSize;  // of a thread block
+
+__device__ int64_t row_of_thread() {
+  return static_cast<int64_t>(blockIdx.x) * kRows + threadIdx.x / Group::kSize;
+}
+
 constexpr int kSearchThreads = static_cast<int>(kNestedBlock);
 
 template <typename Tables>
@@ -19,34 +34,33 @@ __device__ void copy_tables(const Tables* tables, Tables* shared, int threads) {
 
 struct CarryMemory {
   FeedbackTables tables;
-  float factor[kCarried * kCarried];  // transposed
-  float errors[kCarried * kRows];
+  float factor[kCarried * kCarried];
 };
 
-__global__ void __launch_bounds__(kRows) carry(const FeedbackTables* tables, CarryArguments a) {
+__global__ void __launch_bounds__(kThreads) carry(const FeedbackTables* tables, CarryArguments a) {
   extern __shared__ float4 memory[];
   CarryMemory& shared = *reinterpret_cast<CarryMemory*>(memory);
-  copy_tables(tables, &shared.tables, kRows);
-  for (int j = 0; j < a.width; ++j) {
-    for (int i = threadIdx.x; i < a.width; i += kRows)
-      shared.factor[i * kCarried + j] = a.factor[j * a.factor_stride + i];
+  copy_tables(tables, &shared.tables, kThreads);
+  for (int at = threadIdx.x; at < a.width * kCarried; at += kThreads) {
+    const int i = at / kCarried, j = at % kCarried;
+    shared.factor[at] = j >= i && j < a.width ? a.factor[i * a.factor_stride + j] : 0.0f;
   }
   __syncthreads();
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * kRows + threadIdx.x;
-  if (row < a.n) carry_row(shared.tables, a, shared.factor, shared.errors + threadIdx.x, kRows, row);
+  const int64_t row = row_of_thread();
+  if (row < a.n) carry_row(Group(), shared.tables, a, shared.factor, row);
 }
 
-__global__ void __launch_bounds__(kRows) descend(const FeedbackTables* tables, DescendArguments a) {
+__global__ void __launch_bounds__(kThreads) descend(const FeedbackTables* tables, DescendArguments a) {
   __shared__ FeedbackTables shared;
-  __shared__ float local[kBlock * kBlock], mine[kBlock * kRows], products[kBlock * kRows];
-  copy_tables(tables, &shared, kRows);
-  for (int i = 0; i < a.width; ++i) {
-    for (int j = threadIdx.x; j < a.width; j += kRows)
-      local[i * kBlock + j] = a.moment[i * a.moment_stride + j];
+  __shared__ float local[kBlock * kBlock];
+  copy_tables(tables, &shared, kThreads);
+  for (int at = threadIdx.x; at < a.width * kBlock; at += kThreads) {
+    const int i = at / kBlock, j = at % kBlock;
+    local[at] = j < a.width ? a.moment[i * a.moment_stride + j] : 0.0f;
   }
   __syncthreads();
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * kRows + threadIdx.x;
-  if (row < a.n) descend_row(shared, a, local, mine + threadIdx.x, products + threadIdx.x, kRows, row);
+  const int64_t row = row_of_thread();
+  if (row < a.n) descend_row(Group(), shared, a, local, row);
 }
 
 // A thread block for the 256 blocks that share a nested scale. One on each SM leaves a thread the registers
@@ -97,14 +111,14 @@ cudaError_t carry_errors(const FeedbackTables* tables, const CarryArguments& arg
   const cudaError_t code =
       cudaFuncSetAttribute(carry, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(CarryMemory));
   if (code != cudaSuccess) return code;
-  carry<<<thread_blocks(arguments.n, kRows), kRows, sizeof(CarryMemory), stream>>>(tables, arguments);
+  carry<<<thread_blocks(arguments.n, kRows), kThreads, sizeof(CarryMemory), stream>>>(tables, arguments);
   return cudaGetLastError();
 }
 
 cudaError_t descend_block(const FeedbackTables* tables, const DescendArguments& arguments,
                           cudaStream_t stream) {
   if (arguments.n == 0) return cudaSuccess;
-  descend<<<thread_blocks(arguments.n, kRows), kRows, 0, stream>>>(tables, arguments);
+  descend<<<thread_blocks(arguments.n, kRows), kThreads, 0, stream>>>(tables, arguments);
   return cudaGetLastError();
 }
 

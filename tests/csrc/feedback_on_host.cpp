@@ -62,11 +62,11 @@ extern "C" void carry(const float* levels, const float* thresholds, const float*
   const FeedbackTables tables = tables_of(levels, thresholds, &has_bins);
   const CarryArguments arguments{weight,   rest,   factor, order,         scales, codes,
                                  residual, errors, n,      factor_stride, width,  scale_shift};
-  std::vector<float> transposed(kCarried * kCarried), mine(kCarried);
+  std::vector<float> near(kCarried * kCarried);
   for (int i = 0; i < width; ++i) {
-    for (int j = 0; j < width; ++j) transposed[i * kCarried + j] = factor[j * factor_stride + i];
+    for (int j = i; j < width; ++j) near[i * kCarried + j] = factor[i * factor_stride + j];
   }
-  for (int64_t row = 0; row < n; ++row) carry_row(tables, arguments, transposed.data(), mine.data(), 1, row);
+  for (int64_t row = 0; row < n; ++row) carry_row(OneThread(), tables, arguments, near.data(), row);
 }
 
 extern "C" void descend(const float* levels, const float* thresholds, const float* weight, const float* slope,
@@ -77,11 +77,9 @@ extern "C" void descend(const float* levels, const float* thresholds, const floa
   const FeedbackTables tables = tables_of(levels, thresholds, &has_bins);
   const DescendArguments arguments{weight, slope,    moment, nested, entries,       scales,
                                    codes,  residual, change, n,      moment_stride, width};
-  std::vector<float> local(kBlock * kBlock), mine(kBlock), products(kBlock);
+  std::vector<float> local(kBlock * kBlock);
   for (int i = 0; i < width; ++i) {
     for (int j = 0; j < width; ++j) local[i * kBlock + j] = moment[i * moment_stride + j];
   }
-  for (int64_t row = 0; row < n; ++row) {
-    descend_row(tables, arguments, local.data(), mine.data(), products.data(), 1, row);
-  }
+  for (int64_t row = 0; row < n; ++row) descend_row(OneThread(), tables, arguments, local.data(), row);
 }

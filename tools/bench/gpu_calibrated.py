@@ -14,7 +14,6 @@ import argparse
 import hashlib
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -190,11 +189,15 @@ def splitting() -> Iterator[Split]:
 def run_command(model: Model, device: str) -> tuple[float, dict[str, Any], int]:
     """Seconds, summary, and the largest resident size in bytes."""
     files = [str(model.path), str(model.out), *(f"--stats={path}" for path in model.stats)]
-    command = [sys.executable, "-m", "qcompile", *files, "-O2", "--device", device]
+    summary = model.out.with_suffix(".json")
+    command = [sys.executable, "-m", "qcompile", *files, "-O2", "--device", device, "--force", "-q"]
     started = time.perf_counter()
-    done = subprocess.run([*command, "--force", "-q", "--json", "-"], check=True, stdout=subprocess.PIPE)
+    process = subprocess.Popen([*command, "--json", str(summary)])
+    _, status, used = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - started
-    return seconds, json.loads(done.stdout), 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    if status:
+        raise SystemExit(f"qcompile failed: {status}")
+    return seconds, json.loads(summary.read_text()), 1024 * used.ru_maxrss
 
 
 class Bench:
@@ -204,8 +207,8 @@ class Bench:
         self._folder, self._layers, self._json = folder, layers, json_path
         self._rows: list[list[str | float | int | None]] = []
         self._notes = [
-            "The command from start to exit, files in the page cache, fsync included. Every layer has weights "
-            "and whole statistics of its own.",
+            "The command from start to exit, files in the page cache, fsync included. Every layer has "
+            "weights and whole statistics of its own.",
             "Steps overlap: the GPU works on a weight while threads read the next ones. Shares are of the "
             "run's time.",
         ]
