@@ -32,8 +32,7 @@ class Feedback {
     const nf4::SearchTables search =
         nf4::search_tables(pointer<const float>(levels), pointer<const float>(thresholds));
     has_bins_ = search.has_bins;
-    nf4::FeedbackTables tables = {nf4::encode_tables(search), {}};
-    for (int i = 0; i < 16; ++i) tables.levels[i] = search.levels[i];
+    const nf4::FeedbackTables tables = nf4::feedback_tables(search);
     check("cudaSetDevice", cudaSetDevice(device_));
     check("cudaMalloc", cudaMalloc(reinterpret_cast<void**>(&tables_), sizeof tables));
     const cudaError_t code = cudaMemcpy(tables_, &tables, sizeof tables, cudaMemcpyHostToDevice);

@@ -25,11 +25,11 @@ __device__ int64_t row_of_thread() {
 
 constexpr int kSearchThreads = static_cast<int>(kNestedBlock);
 
-template <typename Tables>
-__device__ void copy_tables(const Tables* tables, Tables* shared, int threads) {
+__device__ void copy_tables(const FeedbackTables* tables, FeedbackTables* shared, int threads) {
   const auto* source = reinterpret_cast<const uint32_t*>(tables);
   auto* target = reinterpret_cast<uint32_t*>(shared);
-  for (int i = threadIdx.x; i < static_cast<int>(sizeof(Tables) / 4); i += threads) target[i] = source[i];
+  for (int i = threadIdx.x; i < static_cast<int>(sizeof(FeedbackTables) / 4); i += threads)
+    target[i] = source[i];
 }
 
 struct CarryMemory {
@@ -68,9 +68,9 @@ __global__ void __launch_bounds__(kThreads) descend(const FeedbackTables* tables
 template <bool has_bins>
 __global__ void __launch_bounds__(kSearchThreads, 1)
     search(const FeedbackTables* tables, SearchArguments a, int64_t num_blocks) {
-  __shared__ EncodeTables shared;
+  __shared__ FeedbackTables shared;
   __shared__ unsigned largest_scale;  // as bits
-  copy_tables(&tables->encode, &shared, kSearchThreads);
+  copy_tables(tables, &shared, kSearchThreads);
   if (threadIdx.x == 0) largest_scale = 0;
   __syncthreads();
   const int64_t block = static_cast<int64_t>(blockIdx.x) * kSearchThreads + threadIdx.x;
@@ -88,8 +88,8 @@ __global__ void __launch_bounds__(kSearchThreads, 1)
   const float nested_absmax = from_bits(largest_scale);
   if (threadIdx.x == 0) a.nested_absmax[blockIdx.x] = nested_absmax;
   if (block >= num_blocks) return;
-  a.absmax[block] =
-      static_cast<uint8_t>(best_weighted_entry<has_bins>(shared, x, weights, absmax, nested_absmax, scale));
+  a.absmax[block] = static_cast<uint8_t>(
+      best_weighted_entry<has_bins>(shared.encode, x, weights, absmax, nested_absmax, scale));
 }
 
 unsigned thread_blocks(int64_t n, int threads) { return static_cast<unsigned>((n + threads - 1) / threads); }

@@ -22,7 +22,11 @@ constexpr int kZeroEntry = 127;  // of kNestedMap: a scale of zero
 struct FeedbackTables {
   EncodeTables encode;
   float levels[16];
+  float multipliers[16];  // of the weighted search: 0.70, 0.75 ...
+  int inverses[16];       // of them, in units of 1 / kUnit
 };
+
+FeedbackTables feedback_tables(const SearchTables& tables);
 
 // Columns [begin, begin + width) in the order in which they are rounded.
 struct CarryArguments {

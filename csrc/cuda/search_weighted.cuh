@@ -2,7 +2,7 @@
 // encode.cuh, whose search this is with squared distances times what they matter.
 #pragma once
 
-#include "encode.cuh"
+#include "feedback.cuh"
 
 namespace nf4 {
 
@@ -69,18 +69,19 @@ NF4_DEVICE float weighted_error(const EncodeTables& tables, const int* x, const 
 
 // absmax times the best multiplier and sign, the first of equally good ones; 0 if every error is infinite.
 template <bool has_bins>
-NF4_DEVICE float best_weighted_scale(const EncodeTables& tables, const int* x, const float* weights,
+NF4_DEVICE float best_weighted_scale(const FeedbackTables& tables, const int* x, const float* weights,
                                      float absmax) {
   float least = from_bits(kInfinityBits), scale = 0.0f;
 #pragma unroll 1
   for (int candidate = 0; candidate < 2 * kMultipliers; ++candidate) {
     const int sign = candidate >= kMultipliers;
     const int i = sign ? candidate - kMultipliers : candidate;
-    const float error =
-        multiplied(weighted_error<has_bins>(tables, x, weights, sign, tables.inverses[i]), tables.squares[i]);
+    const float multiplier = tables.multipliers[i];
+    const float sum = weighted_error<has_bins>(tables.encode, x, weights, sign, tables.inverses[i]);
+    const float error = multiplied(sum, multiplied(multiplier, multiplier));
     if (!(error < least)) continue;
     least = error;
-    const float wanted = multiplied(absmax, tables.multipliers[i]);
+    const float wanted = multiplied(absmax, multiplier);
     const float magnitude = wanted < kLargest ? wanted : kLargest;
     scale = sign ? -magnitude : magnitude;
   }

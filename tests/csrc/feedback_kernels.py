@@ -18,7 +18,12 @@ from nf4format.levels import thresholds_of
 from qcompile.feedback_cuda import Kernels
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ("tests/csrc/feedback_on_host.cpp", "csrc/cuda/encode_tables.cpp", "csrc/cpu/search_tables.cpp")
+SOURCES = (
+    "tests/csrc/feedback_on_host.cpp",
+    "csrc/cuda/feedback_tables.cpp",
+    "csrc/cuda/encode_tables.cpp",
+    "csrc/cpu/search_tables.cpp",
+)
 
 
 @functools.cache

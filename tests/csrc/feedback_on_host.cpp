@@ -1,7 +1,6 @@
 // csrc/cuda/feedback.cuh and search_weighted.cuh on the CPU: loops over threads in place of the kernels of
 // csrc/cuda/feedback.cu. Functions have the arguments of nf4format._cuda_encode.Feedback, with tables in
 // front.
-#include <cstring>
 #include <vector>
 
 #include "../../csrc/cuda/feedback.cuh"
@@ -11,16 +10,12 @@ using namespace nf4;
 
 namespace {
 
-FeedbackTables tables_of(const float* levels, const float* thresholds, bool* has_bins) {
-  const SearchTables search = search_tables(levels, thresholds);
-  *has_bins = search.has_bins;
-  FeedbackTables tables = {encode_tables(search), {}};
-  memcpy(tables.levels, search.levels, sizeof tables.levels);
-  return tables;
+FeedbackTables tables_of(const float* levels, const float* thresholds) {
+  return feedback_tables(search_tables(levels, thresholds));
 }
 
 template <bool has_bins>
-void search_group(const EncodeTables& tables, const SearchArguments& a, int64_t first, int64_t count) {
+void search_group(const FeedbackTables& tables, const SearchArguments& a, int64_t first, int64_t count) {
   std::vector<int> x(count * kBlock);
   std::vector<float> absmax(count), scales(count), weights(count * kBlock);
   uint32_t largest = 0;
@@ -35,8 +30,8 @@ void search_group(const EncodeTables& tables, const SearchArguments& a, int64_t 
   }
   a.nested_absmax[first / kNestedBlock] = from_bits(largest);
   for (int64_t i = 0; i < count; ++i) {
-    a.absmax[first + i] = uint8_t(best_weighted_entry<has_bins>(tables, &x[i * kBlock], &weights[i * kBlock],
-                                                                absmax[i], from_bits(largest), scales[i]));
+    a.absmax[first + i] = uint8_t(best_weighted_entry<has_bins>(
+        tables.encode, &x[i * kBlock], &weights[i * kBlock], absmax[i], from_bits(largest), scales[i]));
   }
 }
 
@@ -44,13 +39,13 @@ void search_group(const EncodeTables& tables, const SearchArguments& a, int64_t 
 
 extern "C" void search(const float* levels, const float* thresholds, const float* values, int64_t n,
                        const float* weights, int64_t period, uint8_t* absmax, float* nested_absmax) {
-  bool has_bins;
-  const FeedbackTables tables = tables_of(levels, thresholds, &has_bins);
+  const FeedbackTables tables = tables_of(levels, thresholds);
+  const bool has_bins = search_tables(levels, thresholds).has_bins;
   const SearchArguments arguments{values, weights, absmax, nested_absmax, n, period};
   const int64_t num_blocks = (n + kBlock - 1) / kBlock;
   for (int64_t first = 0; first < num_blocks; first += kNestedBlock) {
     const int64_t count = num_blocks - first < kNestedBlock ? num_blocks - first : kNestedBlock;
-    (has_bins ? search_group<true> : search_group<false>)(tables.encode, arguments, first, count);
+    (has_bins ? search_group<true> : search_group<false>)(tables, arguments, first, count);
   }
 }
 
@@ -58,8 +53,7 @@ extern "C" void carry(const float* levels, const float* thresholds, const float*
                       const float* factor, const int64_t* order, const float* scales, uint8_t* codes,
                       float* residual, float* errors, int64_t n, int64_t factor_stride, int width,
                       int scale_shift) {
-  bool has_bins;
-  const FeedbackTables tables = tables_of(levels, thresholds, &has_bins);
+  const FeedbackTables tables = tables_of(levels, thresholds);
   const CarryArguments arguments{weight,   rest,   factor, order,         scales, codes,
                                  residual, errors, n,      factor_stride, width,  scale_shift};
   std::vector<float> near(kCarried * kCarried);
@@ -73,8 +67,7 @@ extern "C" void descend(const float* levels, const float* thresholds, const floa
                         const float* moment, const float* nested, uint8_t* entries, float* scales,
                         uint8_t* codes, float* residual, float* change, int64_t n, int64_t moment_stride,
                         int width) {
-  bool has_bins;
-  const FeedbackTables tables = tables_of(levels, thresholds, &has_bins);
+  const FeedbackTables tables = tables_of(levels, thresholds);
   const DescendArguments arguments{weight, slope,    moment, nested, entries,       scales,
                                    codes,  residual, change, n,      moment_stride, width};
   std::vector<float> local(kBlock * kBlock);
