@@ -47,44 +47,68 @@ void fit(const SearchTables& tables, const Found& found, const float* wanted, in
   grid.choose(count, fitted.entries + first, fitted.scales + first, fitted.errors + first);
 }
 
+// The excess of one block on a grid, near its wanted scales and absmax, as `fit` would leave it.
+int32_t least_excess(const SearchTables& tables, const Found& found, int64_t block, float nested_absmax,
+                     float plain_error) {
+  using Entries = Grid<1>;
+  const float absmax = found.absmax[block];
+  int32_t least = INT32_MAX;
+  for (int near = 0; near <= kWanted && least > 0; ++near) {
+    const float wanted = near < kWanted ? found.wanted[block * kWanted + near] : absmax;
+    Entries grid;
+    grid.fill(&absmax, &wanted, 1, nested_absmax);
+    int32_t errors[Entries::kTried];
+    chosen_kernels().measure_blocks(tables, found.x + block * kBlock, grid.inverses, 1, Entries::kTried,
+                                    errors);
+    for (int i = 0; i < Entries::kTried; ++i) {
+      const float error = (float(errors[i]) + 1.0f) * grid.weights[i];
+      least = std::min(least, excess_of(error, plain_error, absmax));
+    }
+  }
+  return least;
+}
+
 // If blocks have too much error on a grid: looks near absmax, too, and then on other grids, for the first one
 // on which none has, or else for that with the least excess. Returns nested_absmax.
 float shift_grid(const SearchTables& tables, const Found& found, int64_t count, float nested_absmax,
                  Fitted& fitted) {
   int16_t inverses[kNestedBlock];
-  int32_t plain[kNestedBlock];
+  int32_t errors[kNestedBlock];
   std::fill(inverses, inverses + count, int16_t(kUnit));
-  chosen_kernels().measure_blocks(tables, found.x, inverses, count, 1, plain);
-  int32_t excess[kNestedBlock], least = 0;
-  const auto excess_at = [&](const Fitted& on_grid, int64_t i) {
-    return excess_of(on_grid.errors[i], float(plain[i]) + 1.0f, found.absmax[i]);
-  };
-  for (int64_t i = 0; i < count; ++i) least += excess[i] = excess_at(fitted, i);
+  chosen_kernels().measure_blocks(tables, found.x, inverses, count, 1, errors);
+  float plain[kNestedBlock];
+  for (int64_t i = 0; i < count; ++i) plain[i] = float(errors[i]) + 1.0f;
+  // Blocks that have lost on some grid come first: most grids are given up after a few of them.
+  int order[kNestedBlock], losers = 0;
+  int32_t least = 0;
+  for (int i = 0; i < count; ++i) {
+    const int32_t excess = excess_of(fitted.errors[i], plain[i], found.absmax[i]);
+    least += excess;
+    order[i] = i;
+    if (excess > 0) std::swap(order[i], order[losers++]);
+  }
   if (least == 0) return nested_absmax;
 
-  // Those that lose most come first: most grids are given up after a few blocks.
-  int order[kNestedBlock];
-  for (int i = 0; i < count; ++i) order[i] = i;
-  std::stable_sort(order, order + count, [&](int a, int b) { return excess[a] > excess[b]; });
-  float best = nested_absmax;
-  for (const float shift : kGridShifts) {
-    const float shifted = std::min(nested_absmax * shift, 0x1.fffffep127f);
-    Fitted on_grid;
+  float best = 0;
+  for (int attempt = 0; attempt < kShifts && least > 0; ++attempt) {
+    const float shifted = std::min(nested_absmax * kGridShifts[attempt], 0x1.fffffep127f);
     int32_t sum = 0;
-    for (int64_t i = 0; i < count && sum < least; ++i) {
-      const int64_t block = order[i];
-      float wanted[kWanted + 1];
-      std::copy_n(found.wanted + block * kWanted, kWanted, wanted);
-      wanted[kWanted] = found.absmax[block];
-      fit<kWanted + 1>(tables, found, wanted, block, 1, shifted, on_grid);
-      sum += excess_at(on_grid, block);
+    for (int i = 0, first = 0; i < count && sum < least; ++i) {
+      const int32_t excess = least_excess(tables, found, order[i], shifted, plain[order[i]]);
+      sum += excess;
+      if (excess > 0) std::swap(order[i], order[first++]);
     }
     if (sum >= least) continue;
     least = sum;
     best = shifted;
-    fitted = on_grid;
-    if (least == 0) break;
   }
+  if (best == 0) return nested_absmax;
+  float wanted[kNestedBlock * (kWanted + 1)];
+  for (int64_t i = 0; i < count; ++i) {
+    std::copy_n(found.wanted + i * kWanted, kWanted, wanted + i * (kWanted + 1));
+    wanted[i * (kWanted + 1) + kWanted] = found.absmax[i];
+  }
+  fit<kWanted + 1>(tables, found, wanted, 0, count, best, fitted);
   return best;
 }
 
