@@ -64,14 +64,15 @@ class TokenCache:
             remove_abandoned(Path(entry))
 
     def evict(self) -> None:
-        """Remove stores that no process has open until the others take at most `most_bytes`, those first that
-        were used longest ago. Where the file system has no locks, none is removed."""
+        """Remove stores of this user that no process has open until the others take at most `most_bytes`,
+        those first that were used longest ago. Where the file system has no locks, none is removed."""
         now = time.time()
         stores = []
         for entry in self._entries(_STORE):
             with contextlib.suppress(OSError):
                 status = entry.stat(follow_symlinks=False)
-                stores.append((status.st_atime, status.st_size, Path(entry)))
+                if status.st_uid == os.geteuid():
+                    stores.append((status.st_atime, status.st_size, Path(entry)))
         total = sum(size for _, size, _ in stores)
         for used, size, path in sorted(stores):
             if total <= self.most_bytes:
