@@ -36,12 +36,12 @@ struct Grid {
         errors[3 * i + j] = absmax[i / kNear];
       }
     }
-    for (int64_t at = 0; at < count * kTried; ++at) {  // apart, so that it vectorizes
+    for (int64_t at = 0; at < count * kTried; ++at) {  // apart and without branches, so that it vectorizes
       const float ratio = errors[at] / scales[at];
-      const float fixed = ratio * float(kUnit);
-      const bool compared = std::fabs(fixed) <= float(kLargestInverse);  // not if it is NaN
-      inverses[at] = int16_t(bits_of((compared ? fixed : 0.0f) + kMagic) - bits_of(kMagic));
-      weights[at] = compared ? 1.0f / (ratio * ratio) : INFINITY;
+      const float fixed = ratio * float(kUnit), weight = 1.0f / (ratio * ratio);
+      const uint32_t compared = std::fabs(fixed) <= float(kLargestInverse) ? ~0u : 0u;  // not if it is NaN
+      inverses[at] = int16_t(bits_of(float_of(bits_of(fixed) & compared) + kMagic) - bits_of(kMagic));
+      weights[at] = float_of((bits_of(weight) & compared) | (bits_of(INFINITY) & ~compared));
     }
   }
 

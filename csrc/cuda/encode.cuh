@@ -2,10 +2,11 @@
 // search.h says what the search does; nf4format/reference.py has it in plain numpy). A thread keeps its block
 // in registers: nothing is summed across threads, and all threads of a warp take the same way.
 //
-// Cost of the search, an element: 13 multipliers for both signs and 6 entries of the grid, each about a
-// multiplication, two shifts and a mask for y and its bin, and for each sign a read of shared memory, two
-// instructions to take it apart, |y - middle| - half, and its square: near 230 integer instructions. An H100
-// starts 132 SMs * 64 lanes * 1.7 GHz of them a second: 60e9 elements, twice what PCIe 5.0 x16 brings.
+// Cost of the search, an element: 13 multipliers for both signs, 6 entries of the grid, and absmax itself.
+// Each is about a multiplication, two shifts and a mask or two for y and its bin, and for each sign a read of
+// shared memory, two instructions to take it apart, |y - middle| - half, and its square: near 260 integer
+// instructions. An H100 starts 132 SMs * 64 lanes * 1.7 GHz of them a second: 55e9 elements, twice what PCIe
+// 5.0 x16 brings. Groups whose grid is shifted cost another 9 entries for each attempt.
 //
 // Compiled for the host too, so that the arithmetic is tested where there is no GPU; there without
 // contraction to fused multiply-add. On the device the intrinsics promise one rounding each.
