@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -32,6 +32,8 @@ from .scratch import Scratch
 
 Progress = Callable[[int, int], None]
 """Takes the bytes of the checkpoint just read and those to be read in all; called by one thread at a time."""
+
+_STEP_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def emit_tensors(
         try:
             for decision in largest_first:
                 futures[decision.name] = pool.submit(emit, decision)
-            wait(futures.values(), return_when=FIRST_EXCEPTION)
+            _wait(futures.values())
         finally:  # after a failure, and after Ctrl-C, which arrives in this thread
             emitter.cancelled.set()
             pool.shutdown(cancel_futures=True)
@@ -107,6 +109,15 @@ def emit_tensors(
             raise error
     emitted = {name: future.result() for name, future in futures.items()} | dict(done)
     return {decision.name: emitted[decision.name] for decision in plan.decisions}
+
+
+def _wait(futures: Collection[Future[Emitted]]) -> None:
+    """Until all are done or one has failed; in steps, as this thread does not see a signal while it waits if
+    another thread has taken it, or if it came just before the wait began."""
+    while True:
+        done, not_done = wait(futures, timeout=_STEP_SECONDS, return_when=FIRST_EXCEPTION)
+        if not not_done or any(future.exception() for future in done):
+            return
 
 
 def emit_files(checkpoint: Checkpoint, plan: Plan, file: AtomicFile) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,6 +71,10 @@ class CompileOptions:
     def levels_name(self) -> str:
         """Name of the table of levels; "custom" if it is a file's, which the output holds anyway."""
         return self.levels if self.levels in LEVELS else "custom"
+
+    def num_jobs(self) -> int:
+        """The most threads to use."""
+        return self.jobs or len(os.sched_getaffinity(0))
 
     def level_table(self) -> np.ndarray:
         """The levels, float32 [16]. Raises FormatError as `read_levels`."""

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -87,7 +87,7 @@ def compile_checkpoint(
     """
     options = options or CompileOptions()
     started = time.perf_counter()
-    jobs = options.jobs or len(os.sched_getaffinity(0))
+    jobs = options.num_jobs()
     with ExitStack() as stack:
         checkpoint = stack.enter_context(Checkpoint.open(model_dir))
         stats = stack.enter_context(Stats(options.stats))
@@ -112,22 +112,10 @@ def compile_checkpoint(
             with journal, _forgetting(file, checkpoint):
                 done = journal.finished(jobs)
                 with Writeback(file.fd):
-                    emitted = emit_tensors(
-                        checkpoint,
-                        plan,
-                        encoders.of,
-                        file,
-                        levels=options.level_table(),
-                        jobs=jobs,
-                        done=done,
-                        note=lambda name, tensor: journal.add(name, tensor, encoders.output_error(name)),
-                        progress=progress,
-                    )
-                    device.close()  # its memory is for whoever evaluates
-                    checkpoint.check_unchanged()
-                    emit_files(checkpoint, plan, file)
+                    emitted = _emit(checkpoint, plan, encoders, file, journal, done, options, progress)
                     sha256 = _source_sha256(checkpoint, plan, emitted)
                     seal(file, plan.layout, {SOURCE_HASH_KEY: sha256}, threads=jobs)
+                device.close()  # its memory is for whoever evaluates
                 held_out = {}
                 if options.held_out:
                     with Nf4File.from_descriptor(file.fd, file.path) as packed_file:
@@ -138,18 +126,14 @@ def compile_checkpoint(
                     verify_started = time.perf_counter()
                     errors = verify_output(checkpoint, plan, emitted, file, level=options.level, jobs=jobs)
                     verify_seconds = time.perf_counter() - verify_started
+                add_adapter = partial(write_corrections, corrections=encoders.corrections, rank=options.rank)
                 evaluation = None
                 if judge:
                     unpublished = partial_path(file.path)
-                    add = partial(
-                        write_corrections,
-                        out=unpublished,
-                        corrections=encoders.corrections,
-                        rank=options.rank,
-                    )
-                    evaluation = judge.judge(file.path, unpublished, add if options.adapter else None)
+                    add = partial(add_adapter, out=unpublished) if options.adapter else None
+                    evaluation = judge.judge(file.path, unpublished, add)
     if options.adapter:
-        write_corrections(options.adapter, out, encoders.corrections, options.rank)
+        add_adapter(options.adapter, out=out)
     seconds = time.perf_counter() - started - verify_seconds - (judge.seconds if judge else 0.0)
     return _summarize(
         Path(out),
@@ -163,6 +147,33 @@ def compile_checkpoint(
         source_sha256=sha256,
         seconds=seconds,
     )
+
+
+def _emit(  # noqa: PLR0917 - what the main path has made so far
+    checkpoint: Checkpoint,
+    plan: Plan,
+    encoders: Encoders,
+    file: ResumableFile,
+    journal: Journal,
+    done: Mapping[str, Emitted],
+    options: CompileOptions,
+    progress: Progress | None,
+) -> dict[str, Emitted]:
+    """Write all tensors that are not done, and the embedded files, of a checkpoint that does not change."""
+    emitted = emit_tensors(
+        checkpoint,
+        plan,
+        encoders.of,
+        file,
+        levels=options.level_table(),
+        jobs=options.num_jobs(),
+        done=done,
+        note=lambda name, tensor: journal.add(name, tensor, encoders.output_error(name)),
+        progress=progress,
+    )
+    checkpoint.check_unchanged()
+    emit_files(checkpoint, plan, file)
+    return emitted
 
 
 def plan_checkpoint(model_dir: str | os.PathLike[str], options: CompileOptions | None = None) -> Plan:

@@ -17,6 +17,8 @@ import numpy as np
 from .blocks import Dtype, NonFinite, quantize_absmax, quantize_codes, quantize_search
 from .codebook import BLOCK, NESTED_BLOCK, NESTED_MAP, NF4_LEVELS
 
+_GROUPS_AT_ONCE = 256  # little memory; one by one, threads would wait for the interpreter
+
 
 @dataclass(frozen=True)
 class Constants:
@@ -35,9 +37,11 @@ class Constants:
     def negative_scales(self) -> float:
         """Share of the blocks whose scale is below zero."""
         negative = 0
-        for group, factor in enumerate(self.nested_absmax):
-            entries = self.absmax[group * NESTED_BLOCK : (group + 1) * NESTED_BLOCK]
-            negative += int((NESTED_MAP[entries] * factor + np.float32(self.nested_offset) < 0).sum())
+        for first in range(0, self.nested_absmax.size, _GROUPS_AT_ONCE):
+            factors = np.repeat(self.nested_absmax[first : first + _GROUPS_AT_ONCE], NESTED_BLOCK)
+            entries = self.absmax[first * NESTED_BLOCK :][: factors.size]
+            scales = NESTED_MAP[entries] * factors[: entries.size] + np.float32(self.nested_offset)
+            negative += int(np.count_nonzero(scales < 0))
         return negative / max(1, self.absmax.size)
 
 

@@ -126,8 +126,17 @@ def test_wrong_usage_is_status_2(tmp_path: Path) -> None:
     assert "'7' is not" in result.stderr
 
 
+# That another thread takes the signal does not wake the main thread.
+OTHER_THREAD = """
+import signal, threading, time
+threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+"""
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_leaves_nothing(model: Path, tmp_path: Path, signum: int) -> None:
+@pytest.mark.parametrize("before", ["", OTHER_THREAD], ids=["main thread", "other thread"])
+def test_interrupted_leaves_nothing(model: Path, tmp_path: Path, signum: int, before: str) -> None:
     out = tmp_path / "out.nf4"
     # A level that waits forever after its first chunk, so that the signal surely comes in the middle.
     program = """
@@ -143,7 +152,7 @@ encode.ENCODERS[1] = slow
 cli.main()
 """
     with subprocess.Popen(
-        [sys.executable, "-c", program, str(model), str(out)],
+        [sys.executable, "-c", before + program, str(model), str(out)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
