@@ -32,19 +32,18 @@ struct Found {
   float wanted[kNestedBlock * kWanted];
 };
 
-// `count` blocks from `first` on, onto a grid, near the wanted scales [count, kNear].
+// All blocks onto a grid, near the wanted scales [count, kNear].
 template <int kNear>
-void fit(const SearchTables& tables, const Found& found, const float* wanted, int64_t first, int64_t count,
+void fit(const SearchTables& tables, const Found& found, const float* wanted, int64_t count,
          float nested_absmax, Fitted& fitted) {
   using Entries = Grid<kNear>;
   Entries grid;
   int32_t errors[kNestedBlock * Entries::kTried];
-  grid.fill(found.absmax + first, wanted, count, nested_absmax);
-  const int16_t* const x = found.x + first * kBlock;
-  chosen_kernels().measure_blocks(tables, x, grid.inverses, count, Entries::kTried, errors);
+  grid.fill(found.absmax, wanted, count, nested_absmax);
+  chosen_kernels().measure_blocks(tables, found.x, grid.inverses, count, Entries::kTried, errors);
   // + 1: not 0 times infinity.
   for (int64_t i = 0; i < count * Entries::kTried; ++i) grid.errors[i] = float(errors[i]) + 1.0f;
-  grid.choose(count, fitted.entries + first, fitted.scales + first, fitted.errors + first);
+  grid.choose(count, fitted.entries, fitted.scales, fitted.errors);
 }
 
 // The excess of one block on a grid, near its wanted scales and absmax, as `fit` would leave it.
@@ -108,7 +107,7 @@ float shift_grid(const SearchTables& tables, const Found& found, int64_t count, 
     std::copy_n(found.wanted + i * kWanted, kWanted, wanted + i * (kWanted + 1));
     wanted[i * (kWanted + 1) + kWanted] = found.absmax[i];
   }
-  fit<kWanted + 1>(tables, found, wanted, 0, count, best, fitted);
+  fit<kWanted + 1>(tables, found, wanted, count, best, fitted);
   return best;
 }
 
@@ -127,7 +126,7 @@ int64_t encode_group(const SearchTables& tables, const Group& group, Dtype dtype
   }
   Fitted fitted;
   const float largest = largest_magnitude_of(found.wanted, count, kWanted);
-  fit<kWanted>(tables, found, found.wanted, 0, count, largest, fitted);
+  fit<kWanted>(tables, found, found.wanted, count, largest, fitted);
   *nested_absmax = shift_grid(tables, found, count, largest, fitted);
   memcpy(absmax, fitted.entries, size_t(count));
   const float* const scales = fitted.scales;

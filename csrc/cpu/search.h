@@ -6,7 +6,7 @@
 //   encode_blocks   codes for what the entry decodes to
 //
 // Blocks share a grid, and where it is coarse for one of them, that one may lose more than with a scale of
-// `a`. Then the whole grid is shifted: search_grid.h.
+// `a`. Then the whole grid is shifted: search.cpp.
 //
 // Errors are computed in integers, so that neither the order of sums nor the width of vectors can show. A
 // scale s stands for its inverse k = rint(unit a / |s|) and its sign, a value v for x = rint(32767 v / a):
@@ -94,8 +94,8 @@ constexpr float kGridShifts[kShifts] = {1,
                                         4.125f,
                                         4.5f,
                                         5.f};
-// A block's error over that with a scale of `a` counts from kMostExcess, in units of 1 / kExcessUnits,
-// squared, and not beyond the double of it.
+// What shifting is to lessen: a block's error, divided by its error with a scale of `a`, less kMostExcess,
+// from 0 to 1, in units of 1 / kExcessUnits, squared; and the sum of these over the group.
 constexpr float kMostExcess = 1.03f;
 constexpr float kExcessUnits = 1024.0f;
 
