@@ -70,7 +70,7 @@ class Bench:
 
     def compile(self, name: str, **options: Any) -> Path:
         out = self.folder / f"{name}.nf4"
-        compile_checkpoint(self.model, out, CompileOptions(force=True, **options))
+        compile_checkpoint(self.model, out, CompileOptions(force=True, device=self.device, **options))
         return out
 
     def statistics(self, name: str, text: Path, packed: Path | None = None, tokens: int | None = None) -> str:
@@ -277,7 +277,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=262_144, help="to calibrate on (default 262144)")
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--windows", type=int, default=60, help="most windows of a text (default 60)")
-    parser.add_argument("--device", default="cpu", help="where models run; files are made by the CPU")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--only", choices=["levels", "types"], help="one of the two tables")
     parser.add_argument(
         "--json", type=Path, action="append", help="write the table of levels there: one a test"
