@@ -56,10 +56,9 @@ def evaluate(
 
 def _run(command: Sequence[str], watch: Watch | None) -> tuple[int, str, bytes]:
     """Exit status, the last line of stderr that is not progress, stdout."""
-    environment = {
-        **os.environ,
-        "PYTHONSAFEPATH": "1",
-    }  # what lies in the working directory is not the runtime
+    # What lies in the working directory is not the runtime.
+    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
+    folder = None if sys.version_info >= (3, 11) else sys.prefix  # which knows no such variable
     # Started by another thread: Ctrl-C, which arrives in the main one, cannot come between the start and the
     # knowledge of it.
     with ThreadPoolExecutor(1) as starter, tempfile.TemporaryFile() as result:
@@ -70,6 +69,7 @@ def _run(command: Sequence[str], watch: Watch | None) -> tuple[int, str, bytes]:
             stdout=result,
             stderr=subprocess.PIPE,
             env=environment,
+            cwd=folder,
         )
         try:
             process = starting.result()

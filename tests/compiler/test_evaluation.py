@@ -289,8 +289,14 @@ def test_options_that_need_a_text(model: Path, tmp_path: Path) -> None:
 
 
 def test_with_the_runtime(
-    make_checkpoint: Callable[..., Path], tokenizer_json: bytes, text: str, tmp_path: Path
+    make_checkpoint: Callable[..., Path],
+    tokenizer_json: bytes,
+    text: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    (tmp_path / "nf4.py").write_text("raise SystemExit('a stranger in the working directory')")
+    monkeypatch.chdir(tmp_path)
     folder = make_checkpoint("llama", dtype="float32")
     (folder / "tokenizer.json").write_bytes(tokenizer_json)
     (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
