@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
-import os
-import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nf4format.atomic import write_error
 from nf4format.codebook import BLOCK
+from nf4format.scratch_file import float32_in_a_file
 
 # Anonymous memory that scales may take, all threads together; chunk buffers come on top of it.
 BUDGET_BYTES = 384 << 20
@@ -45,17 +42,11 @@ class Scratch:
             self._freed.wait_for(lambda: not self._used or self._used + needed <= self._budget)
             self._used += needed
         try:
-            yield np.empty(num_blocks, np.float32) if in_memory else self._in_a_file(num_blocks)
+            if in_memory:
+                yield np.empty(num_blocks, np.float32)
+            else:
+                yield float32_in_a_file(num_blocks, self._directory)
         finally:
             with self._freed:
                 self._used -= needed
                 self._freed.notify_all()
-
-    def _in_a_file(self, num_blocks: int) -> np.ndarray:
-        try:
-            with tempfile.TemporaryFile(dir=self._directory) as file:
-                # The space is claimed now: a full disk is an error here, and a bus error in the mapping.
-                os.posix_fallocate(file.fileno(), 0, 4 * num_blocks)
-                return np.frombuffer(mmap.mmap(file.fileno(), 4 * num_blocks), np.float32)
-        except OSError as error:
-            raise write_error(self._directory, error) from error

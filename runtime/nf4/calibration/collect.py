@@ -10,20 +10,16 @@ from __future__ import annotations
 
 import hashlib
 import math
-import mmap
-import os
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from nf4format.atomic import write_error
+from nf4format.scratch_file import float32_in_a_file
 from nf4format.stats import EntrySpec, StatsWriter
 
 from ..model.attention import attention_bias
@@ -199,7 +195,8 @@ class _Stream:
     def __enter__(self) -> _Stream:
         model, (count, length), device = self._model, self._windows.shape, self._device
         decoder = model.model
-        self._hidden = self._room(count, length, model.config.hidden_size)
+        shape = (count, length, model.config.hidden_size)
+        self._hidden = torch.from_numpy(float32_in_a_file(math.prod(shape), self._folder)).view(shape)
         positions = torch.arange(length, device=device)[None]
         self._angles = rotary_table(positions, decoder.frequencies.to(device), model.dtype)
         self._seen = {
@@ -213,18 +210,6 @@ class _Stream:
 
     def __exit__(self, *_: object) -> None:
         del self._hidden
-
-    def _room(self, *shape: int) -> Tensor:
-        """float32, not initialised, in an unlinked file."""
-        num_bytes = 4 * math.prod(shape)
-        try:
-            with tempfile.TemporaryFile(dir=self._folder) as file:
-                # The space is claimed now: a full disk is an error here, and a bus error in the mapping.
-                os.posix_fallocate(file.fileno(), 0, num_bytes)
-                mapped = np.frombuffer(mmap.mmap(file.fileno(), num_bytes), np.float32)
-        except OSError as error:
-            raise write_error(self._folder, error) from error
-        return torch.from_numpy(mapped).view(shape)
 
     def enter_layer(self, layer: int) -> None:
         """Make ready a layer, and let go of the one before."""
