@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
 from . import write_json
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 _EXAMPLES = """\b
 Examples:
@@ -126,12 +131,7 @@ def command(
     )
     started = time.perf_counter()
     with tqdm(unit="window", desc="calibrate", leave=False, disable=None) as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        result = calibrate(model, out, options, show)
+        result = calibrate(model, out, options, _follow(bar))
     facts = {
         "out": str(out),
         "tokens": result.tokens,
@@ -158,12 +158,7 @@ def _merge(sources: tuple[Path, ...], out: Path, *, force: bool, json_path: str 
 
     started = time.perf_counter()
     with tqdm(unit="entry", desc="merge", leave=False, disable=None) as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        result = merge_stats(sources, out, overwrite=force, progress=show)
+        result = merge_stats(sources, out, overwrite=force, progress=_follow(bar))
     facts = {
         "out": str(out),
         "merged": [str(source) for source in sources],
@@ -177,3 +172,13 @@ def _merge(sources: tuple[Path, ...], out: Path, *, force: bool, json_path: str 
     click.echo(f"{out}: {facts['bytes']:,} bytes, {result.entries} entries of {len(sources)} files")
     click.echo(f"  tokens  {result.tokens:,} at most")
     click.echo(f"  time    {facts['seconds']:.1f} s")
+
+
+def _follow(bar: tqdm[NoReturn]) -> Callable[[int, int], None]:
+    """Takes what is done, and what there is in all."""
+
+    def show(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+
+    return show
