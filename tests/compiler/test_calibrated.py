@@ -7,19 +7,18 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from calibrated_cases import NAMES, SHAPES, collect, inputs, moment_of, weight
+from calibrated_cases import NAMES, SHAPES, collect, inputs, moment_of, stops_after_two_tensors, weight
 from safetensors import safe_open
 
 from nf4format.adapter import read_adapter
 from nf4format.blocks import dequantize, quantize
 from nf4format.codebook import BLOCK, NESTED_BLOCK, NESTED_MAP, NF4_LEVELS
 from nf4format.container import Nf4File
-from qcompile import absorb, emit, feedback
+from qcompile import absorb, feedback
 from qcompile.errors import CompileError
 from qcompile.options import CompileOptions
 from qcompile.pipeline import compile_checkpoint
@@ -164,16 +163,8 @@ def test_stopped_and_resumed(
     straight = compile_checkpoint(model, out, options)
     expected = out.read_bytes()
     out.unlink()
-    real, left = emit._Emitter.emit, iter([None] * 2)
-
-    def emit_two(self: Any, decision: Any) -> Any:
-        next(left)
-        return real(self, decision)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(emit._Emitter, "emit", emit_two)
-        with pytest.raises(StopIteration):
-            compile_checkpoint(model, out, options)
+    with stops_after_two_tensors(monkeypatch):
+        compile_checkpoint(model, out, options)
     other = collect(model, tmp_path / "other.safetensors", cross=level == 3)  # the same, collected again
     with pytest.raises(CompileError, match="made from other weights"):
         compile_checkpoint(model, out, replace(options, stats=(other,)))

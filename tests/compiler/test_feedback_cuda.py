@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from calibrated_cases import NAMES, SHAPES, collect, inputs, moment_of, weight
+from calibrated_cases import NAMES, SHAPES, collect, inputs, moment_of, stops_after_two_tensors, weight
 from encode_cases import LEVEL_TABLES, cases
 from feedback_kernels import host_kernels
 from safetensors import safe_open
@@ -29,7 +29,7 @@ from nf4format.container import Nf4File
 from nf4format.encode import ENCODERS
 from nf4format.encode_cuda import DeviceError
 from nf4format.levels import thresholds_of
-from qcompile import absorb, absorb_cuda, emit, feedback, feedback_cuda, pipeline
+from qcompile import absorb, absorb_cuda, feedback, feedback_cuda, pipeline
 from qcompile.device import Encoding
 from qcompile.errors import CompileError
 from qcompile.feedback_cuda import Kernels
@@ -278,16 +278,8 @@ def test_resumed_on_the_same_device_only(
     straight = compile_checkpoint(model, out, options)
     expected = out.read_bytes()
     out.unlink()
-    real, left = emit._Emitter.emit, iter([None] * 2)
-
-    def emit_two(self: Any, decision: Any) -> Any:
-        next(left)
-        return real(self, decision)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(emit._Emitter, "emit", emit_two)
-        with pytest.raises(StopIteration):
-            compile_checkpoint(model, out, options)
+    with stops_after_two_tensors(monkeypatch):
+        compile_checkpoint(model, out, options)
     with pytest.raises(CompileError, match="on another device"):
         compile_checkpoint(model, out, replace(options, device="cpu"))
     summary = compile_checkpoint(model, out, options)

@@ -1,15 +1,20 @@
-"""Weights, inputs that are correlated, and statistics of these, for the levels that round by statistics."""
+"""Weights, correlated inputs, statistics of these, and compilations that stop, for levels 2 and 3."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from safetensors import safe_open
 
 from nf4format.stats import EntrySpec, StatsWriter
+from qcompile import emit
 
 NAMES = ("layers.0.q_proj.weight", "layers.0.k_proj.weight", "layers.0.down_proj.weight")
 SHAPES = ((96, 128), (64, 128), (128, 172))
@@ -65,3 +70,18 @@ def collect(
                 (x.T @ y / len(x)).astype(np.float32) if cross else None,
             )
     return str(out)
+
+
+@contextmanager
+def stops_after_two_tensors(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A compilation in this block has to stop when it comes to its third tensor."""
+    real, left = emit._Emitter.emit, iter([None] * 2)
+
+    def emit_two(self: Any, decision: Any) -> Any:
+        next(left)
+        return real(self, decision)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(emit._Emitter, "emit", emit_two)
+        with pytest.raises(StopIteration):
+            yield
