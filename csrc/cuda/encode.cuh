@@ -141,6 +141,18 @@ NF4_DEVICE void load_fixed(const void* block, Dtype dtype, float absmax, int* x)
   }
 }
 
+// Distance of y from the nearest level, which may be in any pair.
+NF4_DEVICE int distance_in_pairs(const int (&pairs)[3][kPairs], int y) {
+  int middle = pairs[1][0], minus_half = pairs[2][0];
+#pragma unroll
+  for (int pair = 1; pair < kPairs; ++pair) {
+    const bool above = y > pairs[0][pair - 1];
+    middle = above ? pairs[1][pair] : middle;
+    minus_half = above ? pairs[2][pair] : minus_half;
+  }
+  return distance_plus(y, middle, minus_half);
+}
+
 // Squared distance of y from the nearest level. `product`: y = product >> 15.
 template <bool has_bins>
 NF4_DEVICE int squared_distance(const EncodeTables& tables, int sign, int product) {
@@ -153,15 +165,7 @@ NF4_DEVICE int squared_distance(const EncodeTables& tables, int sign, int produc
     const int distance = distance_plus(y, static_cast<int>(bin) >> 16, static_cast<int16_t>(bin & 0xffffu));
     return distance * distance;
   }
-  const int (&pairs)[3][kPairs] = tables.pairs[sign];
-  int middle = pairs[1][0], minus_half = pairs[2][0];
-#pragma unroll
-  for (int pair = 1; pair < kPairs; ++pair) {
-    const bool above = y > pairs[0][pair - 1];
-    middle = above ? pairs[1][pair] : middle;
-    minus_half = above ? pairs[2][pair] : minus_half;
-  }
-  const int distance = distance_plus(y, middle, minus_half);
+  const int distance = distance_in_pairs(tables.pairs[sign], y);
   return distance * distance;
 }
 

@@ -35,15 +35,7 @@ NF4_DEVICE int distance_of(const EncodeTables& tables, int sign, int y) {
     const uint32_t bin = tables.bins[sign][(y >> kBinShift) & (kBins - 1)];
     return distance_plus(y, static_cast<int>(bin) >> 16, static_cast<int16_t>(bin & 0xffffu));
   }
-  const int (&pairs)[3][kPairs] = tables.pairs[sign];
-  int middle = pairs[1][0], minus_half = pairs[2][0];
-#pragma unroll
-  for (int pair = 1; pair < kPairs; ++pair) {
-    const bool above = y > pairs[0][pair - 1];
-    middle = above ? pairs[1][pair] : middle;
-    minus_half = above ? pairs[2][pair] : minus_half;
-  }
-  return distance_plus(y, middle, minus_half);
+  return distance_in_pairs(tables.pairs[sign], y);
 }
 
 // `sign`, `magnitude`: of the scale's inverse.
